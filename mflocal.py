@@ -1,0 +1,12237 @@
+#!/usr/bin/env python3
+"""mflocal: Metaflow's metadata service and UI backend for one machine, on local mode's own files.
+
+One module, read top to bottom; `grep '^# ----' mflocal.py` prints the table of contents. A section uses
+only sections above it. See docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import codecs
+import contextlib
+import datetime
+import errno
+import fcntl
+import functools
+import gzip
+import hashlib
+import heapq
+import importlib
+import itertools
+import json
+import math
+import operator
+import os
+import re
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import traceback
+import warnings
+import zlib
+from collections import OrderedDict, deque
+from functools import lru_cache
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Deque,
+    Dict,
+    FrozenSet,
+    Hashable,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Protocol,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
+from urllib.parse import quote
+
+# ---- 1. Settings: limits, flags and environment, which .metaflow ----
+
+VERSION = "0.1.0"
+STATE_SCHEMA = 1  # of daemon.json; a reader that meets another number leaves the file alone
+
+KIB = 1024
+MIB = 1024 * KIB
+
+MAX_FILE_NAME = 255  # bytes of one file name on every file system that matters
+
+# HTTP in. The realistic attackers are a web page, another local user and a broken client: the
+# numbers are far above what Metaflow's client and the UI send, far below what would hurt.
+MAX_LINE = 8 * KIB  # request line (414) or one header line (431); the UI's longest query is < 4 KiB
+MAX_HEADER_BYTES = 64 * KIB  # all header lines together (431), counted as bytes arrive
+MAX_HEADERS = 100  # number of header lines (431); browsers send about 20
+MAX_BODY = 16 * MIB  # 413 before buffering; 5,000 artifacts registered at once are about 3 MiB
+MAX_CHUNK_LINE = 256  # one chunk-size line with its extensions
+MAX_CHUNKS = 65536  # 16 MiB in chunks of 256 bytes; stops floods of one-byte chunks
+MAX_UNREAD_BODY = 64 * KIB  # body left unread by a handler: read and dropped up to here, else close
+MAX_JSON_DEPTH = 100  # nesting of a JSON body; Metaflow nests 4 deep
+MAX_INT_DIGITS = 4300  # CPython's own limit since 3.11; the same on 3.9 and 3.10
+MAX_PATTERN = 512  # characters of a regular expression sent by a client (ReDoS)
+HEADER_TIMEOUT = 10.0  # s for a whole header block, from its first byte (slowloris)
+BODY_TIMEOUT = 30.0  # s without a byte of the body
+WRITE_TIMEOUT = 30.0  # s without progress while a peer does not read its answer
+KEEP_ALIVE_TIMEOUT = 75.0  # s of silence between requests; never on connections that speak for work
+MAX_CONNECTIONS = 4096  # or RLIMIT_NOFILE - SPARE_FILES if that is less; more get 503 and close
+SPARE_FILES = 64  # descriptors kept for the store, log, lock and listening socket
+BACKLOG = 512  # connections queue here while the daemon still imports (the kernel may cap it)
+
+# WebSocket. Messages from the UI are subscriptions and keep-alives, under 1 KiB.
+WS_MAX_MESSAGE = 64 * KIB  # one message, its fragments together (1009)
+WS_MAX_FRAGMENTS = 64  # fragments of one message (1009)
+WS_MAX_SUBSCRIPTIONS = 256  # per connection; the UI holds about 10
+WS_MAX_QUEUE = 4 * MIB  # bytes not yet taken by a slow client before it is dropped
+WS_PING_INTERVAL = 20.0  # s between pings of ours
+WS_PING_TIMEOUT = 10.0  # s of silence after a ping before the connection counts as dead
+
+# Liveness and status.
+HEARTBEAT_INTERVAL = 10.0  # s between the heartbeats of Metaflow's client
+RUN_CUTOFF = 60.0  # s after the last heartbeat until a run or task counts as dead
+LOCAL_CUTOFF = 86_400.0  # s of silence on disk until a local-mode run with an unfinished task counts as dead
+
+# The daemon.
+IDLE_TIMEOUT = 300.0  # s without use until it leaves
+IDLE_TICK = 1.0  # s: the precision of the idle stop and of noticing a vanished root
+DRAIN_TIMEOUT = 10.0  # s for requests in flight at a stop
+START_TIMEOUT = 30.0  # s until a start counts as failed (a cold import on a loaded CI machine: 3 s)
+CONTROL_TIMEOUT = 5.0  # s for one answer of the daemon to a command
+KILL_AFTER = 5.0  # s between SIGTERM and SIGKILL for CMD when the daemon cannot serve it
+MAX_RESTARTS = 3  # times in RESTART_WINDOW that `run` brings a dead daemon back
+RESTART_WINDOW = 60.0  # s
+LOG_BYTES = 1 * MIB  # size at which daemon.log becomes daemon.log.1
+MAX_STATE_FILE = 64 * KIB  # daemon.json is < 2 KiB; more is not ours
+
+ENV_PREFIX = "METAFLOW_LOCAL_SERVICE_"
+HEARTBEAT_MODES = ("auto", "connection", "sidecar")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+METAFLOW_DIR = ".metaflow"
+STATE_DIR = ".mflocal"
+
+
+class SettingsError(Exception):
+    """A flag, environment variable or configuration file that cannot be used: one line, names it."""
+
+
+class Settings(NamedTuple):
+    """All options of one daemon, checked. Immutable; `settings._replace(port=0)` makes a changed copy.
+
+    root: resolved absolute directory that contains .metaflow; timeouts and cutoffs in s (idle_timeout 0
+    = never); allowed_hosts lower case without port; allowed_origins "scheme://host[:port]" lower case;
+    asked: the names of the fields that a flag or environment variable set.
+    """
+
+    root: str
+    host: str = "127.0.0.1"
+    port: int = 0
+    idle_timeout: float = IDLE_TIMEOUT
+    auth_key: Optional[str] = None
+    allowed_hosts: Tuple[str, ...] = ()
+    allowed_origins: Tuple[str, ...] = ()
+    debug: bool = False
+    heartbeats: str = "auto"
+    run_cutoff: float = RUN_CUTOFF
+    local_cutoff: float = LOCAL_CUTOFF
+    ui_bundle: Optional[str] = None
+    notifications: Optional[str] = None
+    links: Optional[str] = None
+    plugins: Optional[str] = None
+    asked: FrozenSet[str] = frozenset()
+
+    @property
+    def metaflow_dir(self) -> str:
+        """root/.metaflow, local mode's store."""
+        return os.path.join(self.root, METAFLOW_DIR)
+
+    @property
+    def state_dir(self) -> str:
+        """root/.metaflow/.mflocal, mflocal's own files."""
+        return os.path.join(self.root, METAFLOW_DIR, STATE_DIR)
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost, 127.0.0.0/8 and ::1 (brackets allowed)."""
+    host = host.strip("[]").lower()
+    if host in LOOPBACK_NAMES:
+        return True
+    parts = host.split(".")
+    return len(parts) == 4 and parts[0] == "127" and all(_digits(p) and int(p) < 256 for p in parts)
+
+
+def _digits(text: str) -> bool:
+    """ASCII digits only, and few of them: int() would also take '+5', '1_0' and Arabic digits."""
+    return 0 < len(text) <= 9 and text.isascii() and text.isdigit()
+
+
+def _port(name: str, text: str) -> int:
+    if not _digits(text) or int(text) > 65535:
+        raise SettingsError("%s must be a port number from 0 to 65535, not %r" % (name, text))
+    return int(text)
+
+
+def _seconds(name: str, text: str) -> float:
+    whole, _, part = text.partition(".")
+    if not _digits(whole) or (part and not _digits(part)):
+        raise SettingsError("%s must be a number of seconds (0 or more), not %r" % (name, text))
+    return float(text)
+
+
+def _positive(name: str, text: str) -> float:
+    value = _seconds(name, text)
+    if value == 0:
+        raise SettingsError("%s must be more than 0 seconds" % name)
+    return value
+
+
+def _switch(name: str, text: str) -> bool:
+    word = text.lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise SettingsError("%s must be 1, true, yes or 0, false, no, not %r" % (name, text))
+
+
+def _mode(name: str, text: str) -> str:
+    if text not in HEARTBEAT_MODES:
+        raise SettingsError("%s must be one of %s, not %r" % (name, ", ".join(HEARTBEAT_MODES), text))
+    return text
+
+
+def _key(name: str, text: str) -> str:
+    # It travels in an HTTP header: anything but visible ASCII would be refused there, or altered.
+    if len(text) > 512 or not all("!" <= c <= "~" for c in text):
+        raise SettingsError("%s must be visible ASCII characters without spaces, at most 512" % name)
+    return text
+
+
+def _hostname(name: str, text: str) -> str:
+    host = text.strip().strip("[]").lower()
+    plain = host.replace(":", "") if host.count(":") > 1 else host  # an IPv6 address has colons
+    ok = plain and plain.isascii() and all(c.isalnum() or c in "-._" for c in plain)
+    if not ok or len(host) > 253:
+        raise SettingsError("%s must be a host name or address without port, not %r" % (name, text))
+    return host
+
+
+def _hosts(name: str, text: str) -> Tuple[str, ...]:
+    return tuple(_hostname(name, part) for part in text.split(",") if part.strip())
+
+
+def _origins(name: str, text: str) -> Tuple[str, ...]:
+    found: List[str] = []
+    for part in text.split(","):
+        origin = part.strip().rstrip("/").lower()
+        if not origin:
+            continue
+        scheme, sep, rest = origin.partition("://")
+        host, _, port = rest.rpartition(":")
+        if not host or rest.endswith("]"):
+            host, port = rest, ""
+        if scheme not in ("http", "https") or not sep or (port and not _digits(port)):
+            raise SettingsError("%s must be like http://name:3000, not %r" % (name, part))
+        _hostname(name, host)
+        found.append(origin)
+    return tuple(found)
+
+
+def _path(name: str, text: str) -> str:
+    if "\0" in text:
+        raise SettingsError("%s holds a NUL character" % name)
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def _bind_host(name: str, text: str) -> str:
+    host = _hostname(name, text)
+    return "127.0.0.1" if host == "localhost" else host  # localhost may mean two addresses; a URL only one
+
+
+# field of Settings -> (flag or "", rest of the environment variable's name or "", parser)
+OPTIONS: Mapping[str, Tuple[str, str, Any]] = {
+    "host": ("--host", "", _bind_host),
+    "port": ("--port", "PORT", _port),
+    "idle_timeout": ("--idle-timeout", "IDLE_TIMEOUT", _seconds),
+    "auth_key": ("", "AUTH_KEY", _key),
+    "allowed_hosts": ("--allow-host", "ALLOWED_HOSTS", _hosts),
+    "allowed_origins": ("--allow-origin", "ALLOWED_ORIGINS", _origins),
+    "debug": ("", "DEBUG", _switch),
+    "heartbeats": ("--heartbeats", "HEARTBEATS", _mode),
+    "run_cutoff": ("", "RUN_CUTOFF", _positive),
+    "local_cutoff": ("", "LOCAL_CUTOFF", _positive),
+    "ui_bundle": ("--bundle", "UI_BUNDLE", _path),
+    "notifications": ("", "NOTIFICATIONS", _path),
+    "links": ("", "LINKS", _path),
+    "plugins": ("", "PLUGINS", _path),
+}
+
+
+def make_settings(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Optional[str] = None) -> Settings:
+    """Settings from flags (field name -> text, or list of texts for the repeatable ones; absent or None =
+    not given), then the environment, then the defaults. An empty variable counts as not set.
+
+    Raises SettingsError, its text naming the flag, the variable or the file.
+    """
+    values: Dict[str, Any] = {}
+    for field, (flag, env, parse) in OPTIONS.items():
+        given = flags.get(field)
+        name = flag
+        if given is None and env:
+            name = ENV_PREFIX + env
+            given = environ.get(name) or None
+        if given is None:
+            continue
+        values[field] = parse(name, given if isinstance(given, str) else ",".join(given))
+    root, explicit = find_root(flags.get("root"), environ, cwd)
+    asked = frozenset(values) | ({"root"} if explicit else frozenset())
+    settings = Settings(root=root, asked=asked, **values)
+    if not is_loopback(settings.host) and not settings.auth_key:
+        raise SettingsError(
+            "--host %s would open the service to other machines: set %sAUTH_KEY first" % (settings.host, ENV_PREFIX)
+        )
+    return settings
+
+
+class ClientConfig:
+    """Metaflow's own configuration, read as Metaflow reads it but without importing it.
+
+    Source of the rules: `from_conf` in metaflow/metaflow_config_funcs.py: the environment, then config.json
+    in the nearest .metaflow upward from the current directory, then $METAFLOW_HOME/config.json (or
+    config_$METAFLOW_PROFILE.json). Files are read at most once, and only when the environment is silent.
+    """
+
+    def __init__(self, environ: Mapping[str, str], cwd: str) -> None:
+        self._environ = environ
+        self._cwd = cwd
+        self._files: Optional[List[Mapping[str, Any]]] = None
+
+    def get(self, name: str) -> Any:
+        """The value of e.g. METAFLOW_SERVICE_URL: a string, or what the JSON file holds; None if not set.
+
+        Raises SettingsError naming a configuration file that cannot be read.
+        """
+        if name in self._environ:
+            return self._environ[name]
+        if self._files is None:
+            self._files = [self._project(), self._user()]
+        for values in self._files:
+            if name in values:
+                return values[name]
+        return None
+
+    def _project(self) -> Mapping[str, Any]:
+        found = nearest_metaflow_dir(self._cwd)
+        return _json_file(os.path.join(found, "config.json")) if found else {}
+
+    def _user(self) -> Mapping[str, Any]:
+        home = self._environ.get("METAFLOW_HOME", "~/.metaflowconfig")
+        profile = self._environ.get("METAFLOW_PROFILE")
+        name = "config_%s.json" % profile if profile else "config.json"
+        path = os.path.expanduser(os.path.join(home, name))
+        if profile and not os.path.exists(path):
+            raise SettingsError("METAFLOW_PROFILE is %r but there is no %s" % (profile, path))
+        return _json_file(path)
+
+
+def _json_file(path: str) -> Mapping[str, Any]:
+    """The JSON object in a file, {} if there is no such file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError("cannot read Metaflow's configuration %s: %s" % (path, error)) from None
+    if not isinstance(value, dict):
+        raise SettingsError("Metaflow's configuration %s is not a JSON object" % path)
+    return value
+
+
+def nearest_metaflow_dir(cwd: str) -> Optional[str]:
+    """The .metaflow that Metaflow finds from `cwd` upward, or None."""
+    current = cwd
+    while True:
+        candidate = os.path.join(current, METAFLOW_DIR)
+        if os.path.isdir(candidate):
+            return candidate
+        parent = os.path.dirname(current)
+        if parent == current:
+            return None
+        current = parent
+
+
+def find_root(flag: Optional[str], environ: Mapping[str, str], cwd: Optional[str] = None) -> Tuple[str, bool]:
+    """(resolved directory that contains .metaflow, True if --root or its variable named it).
+
+    Nothing is created. Without flag and variable the answer is the directory that Metaflow's local mode
+    would use from `cwd` (default: the current directory). Raises SettingsError.
+    """
+    if cwd is None:
+        try:
+            cwd = os.getcwd()
+        except OSError as error:
+            raise SettingsError("the current directory cannot be used: %s" % error.strerror) from None
+    for name, text in (("--root", flag), (ENV_PREFIX + "ROOT", environ.get(ENV_PREFIX + "ROOT"))):
+        if text:
+            root = os.path.join(cwd, os.path.expanduser(text))
+            _check_root(name, root)
+            return _real_root(root), True
+    name = "METAFLOW_DATASTORE_SYSROOT_LOCAL"
+    sysroot = ClientConfig(environ, cwd).get(name)
+    if sysroot is not None:
+        if not isinstance(sysroot, str):
+            raise SettingsError("%s in Metaflow's configuration must be a path" % name)
+        root = os.path.join(cwd, sysroot)  # no expanduser: Metaflow does not expand it either
+        _check_root(name, root)
+        return _real_root(root), False
+    found = nearest_metaflow_dir(cwd)
+    return _real_root(os.path.dirname(found) if found else cwd), False
+
+
+def _check_root(name: str, root: str) -> None:
+    if "\0" in root:
+        raise SettingsError("%s holds a NUL character" % name)
+    if os.path.basename(os.path.normpath(root)) == METAFLOW_DIR:
+        raise SettingsError("%s must be the directory that contains .metaflow, not .metaflow itself" % name)
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise SettingsError("%s is not a directory: %s" % (name, root))
+
+
+def _real_root(root: str) -> str:
+    """The one name of a root. A .metaflow that is a link to another project's .metaflow is that project's."""
+    real = os.path.realpath(os.path.join(root, METAFLOW_DIR))
+    if os.path.basename(real) == METAFLOW_DIR:
+        return os.path.dirname(real)
+    return os.path.realpath(root)
+
+
+# ---- 2. Records: names, JSON, and the shapes that go to disk and to clients ----
+
+Record = Dict[str, Any]
+PublicId = Union[int, str]
+
+TITLES = {
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    417: "Expectation Failed",
+    422: "Unprocessable Content",
+    426: "Upgrade Required",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+    507: "Insufficient Storage",
+}
+
+
+class Problem(Exception):
+    """What a client did wrong, or what kept us from doing it, as an HTTP answer.
+
+    `status` is the HTTP status, `detail` one sentence for people, `id` a stable word for programs. The UI
+    shows the text of an error only when it has an `id` (ui: useResource); `close` ends the connection.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        id: str = "",
+        close: bool = False,
+        headers: Optional[Mapping[str, str]] = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.id = id or TITLES.get(status, "error").lower().replace(" ", "-")
+        self.close = close
+        self.headers = dict(headers or {})
+
+    def body(self) -> Record:
+        """The JSON answer: {"id", "status", "title", "detail", "type"}; never a `data` key (the UI reads that as a log)."""
+        return {
+            "id": self.id,
+            "status": self.status,
+            "title": TITLES.get(self.status, "Error"),
+            "detail": self.detail,
+            "type": "about:blank",
+        }
+
+
+def now_ms() -> int:
+    """The wall clock in ms since the epoch, as `ts_epoch` has it."""
+    return time.time_ns() // 1_000_000
+
+
+_encode = json.JSONEncoder(ensure_ascii=True, check_circular=False).encode
+
+
+def dumps(value: Any) -> bytes:
+    """JSON with non-ASCII escaped, as the real service and `json.dump` of local mode write it."""
+    return _encode(value).encode("ascii")
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_no_constant).decode
+
+
+def loads(data: bytes) -> Any:
+    """Strict JSON from outside: UTF-8 without BOM, no NaN or Infinity, bounded nesting and integers.
+
+    Of a duplicated key the last value counts, as everywhere in Python. Raises Problem(400).
+    """
+    try:
+        return _decode(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Problem(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise Problem(400, "the body is not usable JSON: nested too deeply") from None
+    except ValueError as error:
+        raise Problem(400, f"the body is not JSON: {error}") from None
+
+
+# -- names. What passes here may become a file name; nothing else may.
+
+_RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}").fullmatch
+_CONTROL = re.compile(r"[\x00-\x1f\x7f/]").search
+
+
+def is_flow_name(text: str) -> bool:
+    """Flows and steps are Python identifiers whose directory name fits."""
+    return text.isidentifier() and len(text.encode("utf-8", "replace")) <= MAX_FILE_NAME
+
+
+def is_run_id(text: str) -> bool:
+    """Run and task ids: letters, digits and ._:- but neither `.` nor `..`."""
+    return _RUN_ID(text) is not None and text not in (".", "..")
+
+
+def is_field_name(text: str, overhead: int) -> bool:
+    """Artifact and metadata names: anything that makes one file name of at most 255 bytes.
+
+    `overhead` is the number of bytes that local mode's file name adds around the name.
+    """
+    try:
+        return _CONTROL(text) is None and len(text.encode("utf-8")) + overhead <= MAX_FILE_NAME
+    except UnicodeEncodeError:
+        return False
+
+
+def is_number(text: str) -> bool:
+    """True for ids that our side hands out: ASCII digits, no sign, no leading zero but `0` itself."""
+    return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0") and len(text) <= 18
+
+
+def public_id(text: str) -> PublicId:
+    """An id as clients get it: a JSON number where it is one, else the text."""
+    return int(text) if is_number(text) else text
+
+
+def metadata_file(field_name: str, ms: int) -> str:
+    """File name of a metadata record (LocalMetadataProvider.register_metadata)."""
+    return f"sysmeta_{field_name}_{ms}.json"
+
+
+def artifact_file(attempt: int, name: str) -> str:
+    """File name of an artifact record (LocalMetadataProvider.register_data_artifacts)."""
+    return f"{attempt}_artifact_{name}.json"
+
+
+def split_metadata_file(name: str) -> Optional[Tuple[str, int]]:
+    """(field name, ms) of a metadata file name, or None."""
+    if not (name.startswith("sysmeta_") and name.endswith(".json")):
+        return None
+    field, _, ms = name[8:-5].rpartition("_")
+    return (field, int(ms)) if field and ms.isascii() and ms.isdigit() else None
+
+
+def split_artifact_file(name: str) -> Optional[Tuple[int, str]]:
+    """(attempt, artifact name) of an artifact file name, or None."""
+    attempt, found, rest = name.partition("_artifact_")
+    if not (found and rest.endswith(".json") and attempt.isascii() and attempt.isdigit()):
+        return None
+    return int(attempt), rest[:-5]
+
+
+_IDS_FROM = 1_577_836_800_000  # 2020-01-01, so that ms * 8192 stays an integer that JavaScript can hold
+
+
+def metadata_id(path: str, ms: int) -> int:
+    """A number for a metadata row that needs no counter: its time, then a hash of its place.
+
+    The real service numbers the rows of its table; here the file is the row, so its id follows from it.
+    """
+    return max(ms - _IDS_FROM, 0) * 8192 + zlib.crc32(path.encode("utf-8", "surrogateescape")) % 8192
+
+
+# -- records as local mode writes them (metaflow/metadata_provider/metadata.py, *_to_json)
+
+
+def flow_record(flow: str, body: Mapping[str, Any], ms: int) -> Record:
+    """A flow's `_self.json`; the keys beyond local mode's two only when the client sent them."""
+    extra = {key: body[key] for key in ("user_name", "tags", "system_tags") if body.get(key) is not None}
+    return {"flow_id": flow, **extra, "ts_epoch": ms}
+
+
+def object_record(ids: Mapping[str, str], flow: str, body: Mapping[str, Any], ms: int) -> Record:
+    """A run's, step's or task's `_self.json`; `ids` are run_number, step_name, task_id as far as they apply."""
+    return {
+        **ids,
+        "flow_id": flow,
+        "user_name": body.get("user_name"),
+        "tags": body.get("tags"),
+        "system_tags": body.get("system_tags"),
+        "ts_epoch": ms,
+    }
+
+
+def metadata_record(ids: Mapping[str, str], flow: str, row: Mapping[str, Any], ms: int) -> Record:
+    """One metadata file. `value` keeps a list (the foreach stack since Metaflow 2.14.1), else it is text."""
+    record: Record = {"flow_id": flow, **ids}
+    record["field_name"] = row.get("field_name", " ")
+    record["type"] = row.get("type", " ")
+    record["value"] = row.get("value", " ")
+    record["tags"] = row.get("tags") or []
+    if row.get("system_tags"):
+        record["system_tags"] = row["system_tags"]
+    record["user_name"] = row.get("user_name", " ")
+    record["ts_epoch"] = ms
+    return record
+
+
+def artifact_record(ids: Mapping[str, str], flow: str, row: Mapping[str, Any], ms: int) -> Record:
+    """One artifact file."""
+    return {
+        **ids,
+        "attempt_id": row["attempt_id"],
+        "name": row.get("name", " "),
+        "content_type": row.get("content_type", " "),
+        "type": row.get("type", " "),
+        "sha": row.get("sha", " "),
+        "ds_type": row.get("ds_type", " "),
+        "location": row.get("location", " "),
+        "flow_id": flow,
+        "user_name": row.get("user_name", " "),
+        "tags": row.get("tags") or [],
+        "system_tags": row.get("system_tags") or [],
+        "ts_epoch": ms,
+    }
+
+
+# -- what clients send
+
+_NAME_LIMIT = 255  # the real service's columns are varchar(255)
+
+
+def text_of(value: Any, what: str, limit: int = 0) -> str:
+    """A scalar of a request body as text, as PostgreSQL would store it; Problem(400) for anything else."""
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, bool):
+        text = "true" if value else "false"
+    elif isinstance(value, (int, float)):
+        text = str(value)
+    else:
+        raise Problem(400, f"{what} must be a string, not {json_kind(value)}")
+    if limit and len(text) > limit:
+        raise Problem(400, f"{what} is longer than {limit} characters")
+    if "\0" in text:
+        raise Problem(400, f"{what} contains a NUL character")
+    return text
+
+
+def json_kind(value: Any) -> str:
+    """The JSON name of a value's type, for messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, (int, float)):
+        return "a number"
+    return {"str": "a string", "list": "a list"}.get(type(value).__name__, "an object")
+
+
+def object_body(value: Any) -> Record:
+    """The body of POST flow, run, step, task: an object with usable user and tags. Raises Problem(400)."""
+    if not isinstance(value, dict):
+        raise Problem(400, f"the body must be a JSON object, not {json_kind(value)}")
+    body: Record = {}
+    if value.get("user_name") is not None:
+        body["user_name"] = text_of(value["user_name"], "user_name", _NAME_LIMIT)
+    for key in ("tags", "system_tags"):
+        if value.get(key) is not None:
+            body[key] = tag_list(value[key], key)
+    return body
+
+
+def tag_list(value: Any, what: str) -> List[str]:
+    """A list of strings, or Problem(400)."""
+    if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
+        raise Problem(400, f"{what} must be a list of strings")
+    if any("\0" in tag for tag in value):
+        raise Problem(400, f"{what} contains a NUL character")
+    return value
+
+
+def metadata_body(value: Any) -> List[Record]:
+    """The rows of POST metadata, checked; all of them are stored or none. Raises Problem(400)."""
+    rows = []
+    for place, row in enumerate(_list_body(value)):
+        what = f"row {place}"
+        clean: Record = {}
+        for key in ("field_name", "type", "user_name"):
+            if row.get(key) is not None:
+                clean[key] = text_of(row[key], f"{what}: {key}", _NAME_LIMIT)
+        if "value" in row:
+            data = row["value"]
+            plain = isinstance(data, list) and all(isinstance(x, (str, int, float)) for x in data)
+            clean["value"] = data if plain else text_of(data, f"{what}: value")
+        for key in ("tags", "system_tags"):
+            if row.get(key) is not None:
+                clean[key] = tag_list(row[key], f"{what}: {key}")
+        name = clean.get("field_name", " ")
+        if not is_field_name(name, len("sysmeta__.json") + 15):
+            raise Problem(400, f"{what}: field_name {name!r:.80} cannot be a file name")
+        rows.append(clean)
+    return rows
+
+
+def artifact_body(value: Any) -> List[Record]:
+    """The rows of POST artifact, checked. Raises Problem(400)."""
+    rows = []
+    for place, row in enumerate(_list_body(value)):
+        what = f"row {place}"
+        clean: Record = {}
+        for key in ("name", "location", "ds_type", "sha", "type", "content_type", "user_name"):
+            if row.get(key) is not None:
+                clean[key] = text_of(row[key], f"{what}: {key}", 0 if key == "location" else _NAME_LIMIT)
+        for key in ("tags", "system_tags"):
+            if row.get(key) is not None:
+                clean[key] = tag_list(row[key], f"{what}: {key}")
+        clean["attempt_id"] = attempt_number(row.get("attempt_id", 0), what)
+        if not is_field_name(clean.get("name", " "), len("_artifact_.json") + len(str(clean["attempt_id"]))):
+            raise Problem(400, f"{what}: name {clean.get('name', ' ')!r:.80} cannot be a file name")
+        rows.append(clean)
+    return rows
+
+
+def attempt_number(value: Any, what: str = "attempt") -> int:
+    """An attempt from a body or URL: 0 to 32767 (the real service's int2). Raises Problem(400)."""
+    text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 32768):
+        raise Problem(400, f"{what}: attempt must be a whole number from 0 to 32767, not {value!r:.40}")
+    return int(text)
+
+
+def _list_body(value: Any) -> List[Record]:
+    if value == {}:
+        return []  # as recorded: an empty object stores nothing
+    if not isinstance(value, list):
+        raise Problem(400, f"the body must be a JSON list of objects, not {json_kind(value)}")
+    for place, row in enumerate(value):
+        if not isinstance(row, dict):
+            raise Problem(400, f"row {place} must be a JSON object, not {json_kind(row)}")
+    return value
+
+
+# -- rows as clients get them (the key order of the real service's answers)
+
+
+def flow_row(record: Mapping[str, Any]) -> Record:
+    """Flow{flow_id, user_name, ts_epoch, tags, system_tags}."""
+    get = record.get
+    return {
+        "flow_id": get("flow_id"),
+        "user_name": get("user_name"),
+        "ts_epoch": get("ts_epoch"),
+        "tags": get("tags"),
+        "system_tags": get("system_tags"),
+    }
+
+
+def run_row(flow: str, run_id: str, record: Mapping[str, Any], heartbeat: Optional[int]) -> Record:
+    """Run{...}: `heartbeat` in whole seconds or None."""
+    get = record.get
+    return {
+        "flow_id": flow,
+        "run_number": public_id(run_id),
+        "user_name": get("user_name"),
+        "ts_epoch": get("ts_epoch"),
+        "tags": get("tags"),
+        "system_tags": get("system_tags"),
+        "last_heartbeat_ts": heartbeat,
+    }
+
+
+def verified_user(record: Mapping[str, Any]) -> Optional[str]:
+    """The user of a run if its system tags vouch for it (`user:<user_name>`), else None."""
+    user = record.get("user_name")
+    return user if user is not None and f"user:{user}" in (record.get("system_tags") or ()) else None
+
+
+def step_row(flow: str, run_id: str, record: Mapping[str, Any], run: Mapping[str, Any]) -> Record:
+    """Step{...}; its `run_number` is a string, its tags are the run's, as recorded."""
+    get = record.get
+    return {
+        "flow_id": flow,
+        "run_number": run_id,
+        "step_name": get("step_name"),
+        "user_name": get("user_name") or "",
+        "ts_epoch": get("ts_epoch"),
+        "tags": run.get("tags"),
+        "system_tags": run.get("system_tags"),
+    }
+
+
+def task_row(
+    flow: str, run_id: str, task_id: str, record: Mapping[str, Any], run: Mapping[str, Any], heartbeat: Optional[int]
+) -> Record:
+    """Task{...}; tags are the run's; `heartbeat` in whole seconds or None."""
+    get = record.get
+    return {
+        "flow_id": flow,
+        "run_number": public_id(run_id),
+        "step_name": get("step_name"),
+        "task_id": public_id(task_id),
+        "user_name": get("user_name"),
+        "ts_epoch": get("ts_epoch"),
+        "tags": run.get("tags"),
+        "system_tags": run.get("system_tags"),
+        "last_heartbeat_ts": heartbeat,
+    }
+
+
+def metadata_row(record: Mapping[str, Any]) -> Record:
+    """Metadata{id, ...}; `record` is the file's content with the "id" that the store adds."""
+    get = record.get
+    return {
+        "id": get("id"),
+        "flow_id": get("flow_id"),
+        "run_number": public_id(str(get("run_number"))),
+        "step_name": get("step_name"),
+        "task_id": public_id(str(get("task_id"))),
+        "field_name": get("field_name"),
+        "value": value_text(get("value")),
+        "type": get("type"),
+        "user_name": get("user_name"),
+        "ts_epoch": get("ts_epoch"),
+        "tags": get("tags"),
+        "system_tags": get("system_tags"),
+    }
+
+
+def artifact_row(record: Mapping[str, Any], run: Mapping[str, Any]) -> Record:
+    """Artifact{...}; tags are the run's."""
+    get = record.get
+    return {
+        "flow_id": get("flow_id"),
+        "run_number": public_id(str(get("run_number"))),
+        "step_name": get("step_name"),
+        "task_id": public_id(str(get("task_id"))),
+        "name": get("name"),
+        "location": get("location"),
+        "ds_type": get("ds_type"),
+        "sha": get("sha"),
+        "type": get("type"),
+        "content_type": get("content_type"),
+        "user_name": get("user_name"),
+        "attempt_id": get("attempt_id"),
+        "ts_epoch": get("ts_epoch"),
+        "tags": run.get("tags"),
+        "system_tags": run.get("system_tags"),
+    }
+
+
+_ARRAY_PLAIN = re.compile(r'[^\s{},"\\]+').fullmatch
+
+
+def value_text(value: Any) -> Optional[str]:
+    """A metadata value as the text clients expect; a list becomes `{a,b}` as PostgreSQL prints arrays."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        parts = [value_text(part) or "" for part in value]
+        quoted = [p if _ARRAY_PLAIN(p) and p.upper() != "NULL" else json.dumps(p, ensure_ascii=False) for p in parts]
+        return "{" + ",".join(quoted) + "}"
+    return text_of(value, "value") if isinstance(value, (bool, int, float)) else json.dumps(value)
+
+
+def truth(value: Any) -> Optional[bool]:
+    """A boolean as PostgreSQL's cast reads it (`attempt_ok` is `True` or `False`); None for anything else."""
+    text = str(value).strip().lower()
+    if text in ("true", "t", "yes", "y", "on", "1"):
+        return True
+    return False if text in ("false", "f", "no", "n", "off", "0") else None
+
+
+def wants_heartbeat(system_tags: Optional[List[str]]) -> bool:
+    """Whether a client of this Metaflow version beats, so that its creation counts as the first beat.
+
+    metaflow-service services/data/postgres_async_db.py: from 2.2.12 on and for 1.14 up to 2; a version that
+    cannot be parsed or missing system tags count as new, system tags without a version do not.
+    """
+    if system_tags is None:
+        return True
+    versions = [tag[17:] for tag in system_tags if tag.startswith("metaflow_version:")]
+    if not versions:
+        return False
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", versions[0])
+    if not found:
+        return True
+    version = tuple(int(part or 0) for part in found.groups())
+    return version >= (2, 2, 12) or (1, 14, 0) <= version < (2, 0, 0)
+
+
+# ---- 3. Store: local mode's own files, read and written in place ----
+RECORD_LIMIT = 64 * MIB  # one JSON file of the tree; a metadata value of a full body is 16 MiB, escaped more
+WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a time
+RACY_NS = 50_000_000  # a directory changed so recently may change again within one tick of its mtime
+RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
+ROWS_KEPT = 20_000  # metadata and artifact records kept in memory, about 1 KiB each
+SIGNS_FILE = "_mflocal.json"  # in a run's or task's `_meta`; local mode reads only _self, sysmeta_* and N_artifact_*
+
+
+class AttemptFacts:
+    """What the files of a task say about one attempt; times in ms, None where nothing was written."""
+
+    __slots__ = ("started_at", "done_at", "ok", "ok_at", "task_ok_at", "task_ok_record", "lost_at")
+
+    def __init__(self) -> None:
+        self.started_at: Optional[int] = None
+        self.done_at: Optional[int] = None
+        self.ok: Optional[bool] = None
+        self.ok_at: Optional[int] = None
+        self.task_ok_at: Optional[int] = None
+        self.task_ok_record: Optional[Record] = None
+        self.lost_at: Optional[int] = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether Metaflow has written that this attempt is over."""
+        return self.ok_at is not None or self.done_at is not None
+
+
+class TaskFacts:
+    """The few files of a task's `_meta` from which every status follows.
+
+    created_at and changed_at (newest change of the directory) in ms, heartbeat in s, attempts by number.
+    """
+
+    __slots__ = ("created_at", "attempts", "heartbeat", "changed_at", "foreach_stack", "start_step", "end_step")
+
+    def __init__(self) -> None:
+        self.created_at: Optional[int] = None
+        self.attempts: Dict[int, AttemptFacts] = {}
+        self.heartbeat: Optional[int] = None
+        self.changed_at = 0
+        self.foreach_stack: Any = None
+        self.start_step: Optional[str] = None
+        self.end_step: Optional[str] = None
+
+    def attempt(self, number: int) -> AttemptFacts:
+        """The facts of one attempt, made empty on first use."""
+        found = self.attempts.get(number)
+        if found is None:
+            found = self.attempts[number] = AttemptFacts()
+        return found
+
+
+class Signs:
+    """Signs of life of a run or task that outlive the daemon, in a file that local mode ignores.
+
+    heartbeat in s; `lost` maps attempts (a run's key is 0) to the ms at which its process was seen to die;
+    `lease` names the `mflocal run` that a run belongs to.
+    """
+
+    __slots__ = ("heartbeat", "lost", "lease")
+
+    def __init__(self) -> None:
+        self.heartbeat: Optional[int] = None
+        self.lost: Dict[int, int] = {}
+        self.lease: Optional[str] = None
+
+
+class FlowNode:
+    """A flow's directory; `record` is its `_self.json`."""
+
+    __slots__ = ("name", "path", "record", "sig", "children", "dir_sig", "baseline")
+
+    def __init__(self, root: str, name: str) -> None:
+        self.name = name
+        self.path = f"{root}/{name}"
+        self.record: Optional[Record] = None
+        self.sig: Any = None
+        self.children: Dict[str, RunNode] = {}
+        self.dir_sig = 0
+        self.baseline = False
+
+
+class RunNode:
+    """A run's directory, ids as text; `next_task` is the next number to hand out, None until counted."""
+
+    __slots__ = ("flow", "id", "path", "record", "sig", "children", "dir_sig", "baseline", "next_task", "signs", "memo")
+
+    def __init__(self, flow: FlowNode, id: str) -> None:
+        self.flow = flow.name
+        self.id = id
+        self.path = f"{flow.path}/{id}"
+        self.record: Optional[Record] = None
+        self.sig: Any = None
+        self.children: Dict[str, StepNode] = {}
+        self.dir_sig = 0
+        self.baseline = False
+        self.next_task: Optional[int] = None
+        self.signs: Optional[Signs] = None
+        self.memo: Any = None
+
+    @property
+    def self_record(self) -> Record:
+        """`_self.json`, {} when it was not read."""
+        return self.record or {}
+
+
+class StepNode:
+    """A step's directory."""
+
+    __slots__ = ("run", "name", "path", "record", "sig", "children", "dir_sig", "baseline")
+
+    def __init__(self, run: RunNode, name: str) -> None:
+        self.run = run
+        self.name = name
+        self.path = f"{run.path}/{name}"
+        self.record: Optional[Record] = None
+        self.sig: Any = None
+        self.children: Dict[str, TaskNode] = {}
+        self.dir_sig = 0
+        self.baseline = False
+
+
+class TaskNode:
+    """A task's directory; `facts` is kept while the directory does not change."""
+
+    __slots__ = ("step", "id", "path", "record", "sig", "facts", "meta_sig", "read", "signs", "memo", "checked")
+
+    def __init__(self, step: StepNode, id: str) -> None:
+        self.step = step
+        self.id = id
+        self.path = f"{step.path}/{id}"
+        self.record: Optional[Record] = None
+        self.sig: Any = None
+        self.facts: Optional[TaskFacts] = None
+        self.meta_sig = 0
+        self.read: Set[str] = set()
+        self.signs: Optional[Signs] = None
+        self.memo: Any = None
+        self.checked = 0.0
+
+    @property
+    def run(self) -> RunNode:
+        """The run this task belongs to."""
+        return self.step.run
+
+    @property
+    def self_record(self) -> Record:
+        """`_self.json`, {} when it was not read."""
+        return self.record or {}
+
+    @property
+    def pathspec(self) -> str:
+        """Flow/run/step/task."""
+        return f"{self.run.flow}/{self.run.id}/{self.step.name}/{self.id}"
+
+
+Node = Union[FlowNode, RunNode, StepNode, TaskNode]
+
+
+class Event(NamedTuple):
+    """Something new in the store: `kind` is flow, run, step, task, metadata, artifact, tags or signs.
+
+    The nodes above the one that changed are set too; `rows` are records as on disk for metadata and artifact.
+    """
+
+    kind: str
+    flow: FlowNode
+    run: Optional[RunNode] = None
+    step: Optional[StepNode] = None
+    task: Optional[TaskNode] = None
+    rows: Tuple[Record, ...] = ()
+
+
+class Pacer:
+    """Lets a long walk on the event loop give way: `await pace()` hands over once SLICE seconds were used."""
+
+    __slots__ = ("_until",)
+
+    def __init__(self) -> None:
+        self._until = time.perf_counter() + WALK_SLICE
+
+    async def __call__(self) -> None:
+        if time.perf_counter() > self._until:
+            from asyncio import sleep
+
+            await sleep(0)
+            self._until = time.perf_counter() + WALK_SLICE
+
+
+# -- the file primitives
+
+
+def read_record(path: str) -> Optional[Record]:
+    """A JSON object file, or None when it is missing, no regular file, unreadable or not (yet) whole.
+
+    Symlinks are not followed and a FIFO does not block: a checkout may have shipped them.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > RECORD_LIMIT:
+            return None
+        data = os.read(fd, info.st_size + 1)
+        while len(data) < info.st_size:
+            more = os.read(fd, info.st_size - len(data))
+            if not more:
+                return None
+            data += more
+        value = json.loads(data)
+    except (OSError, ValueError, RecursionError):
+        return None
+    finally:
+        os.close(fd)
+    return value if isinstance(value, dict) else None
+
+
+def disk_problem(error: OSError, path: str) -> Problem:
+    """The answer for a failed write: 507 when the disk is full, else 500; both name the path."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Problem(507 if full else 500, f"cannot write {path}: {reason}", id="no-space" if full else "disk-error")
+
+
+_Named = TypeVar("_Named", RunNode, StepNode, TaskNode)
+RunOrTask = Union[RunNode, TaskNode]
+
+
+class Store:
+    """The tree below `.metaflow`, indexed in memory and revalidated against the files by every read.
+
+    One thread, the event loop's, uses it: there are no locks. What walks many files is async and gives way.
+    The index is never the truth: a stat of the file or directory in question comes before each answer.
+    """
+
+    def __init__(self, metaflow_dir: str, temp_dir: str) -> None:
+        self.root = metaflow_dir
+        self.temp_dir = temp_dir
+        self.listeners: List[Callable[[Event], None]] = []
+        self._flows: Dict[str, FlowNode] = {}
+        self._root_sig = 0
+        self._baseline = False
+        self._serial = itertools.count()
+        self._last_run = 0
+        self._tags: Dict[str, str] = {}
+        self._unsaved: Set[RunOrTask] = set()
+        self._rows: OrderedDict[Tuple[str, str], Tuple[int, List[Record]]] = OrderedDict()
+        self._rows_held = 0
+
+    # -- writing
+
+    def sweep(self) -> int:
+        """Removes temp files that a killed daemon left behind; returns how many."""
+        names = os.listdir(self.temp_dir)
+        for name in names:
+            os.unlink(f"{self.temp_dir}/{name}")
+        return len(names)
+
+    def _write(self, path: str, record: Record) -> None:
+        """The one file primitive: a whole file by temp and rename, under the user's umask. Raises Problem."""
+        temp = f"{self.temp_dir}/{next(self._serial)}"
+        try:
+            fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                data = dumps(record)
+                while data:
+                    data = data[os.write(fd, data) :]
+            finally:
+                os.close(fd)
+            os.rename(temp, path)
+        except OSError as error:
+            try:
+                os.unlink(temp)
+            except OSError:
+                pass
+            raise disk_problem(error, path) from None
+
+    def _make(self, node: Node, record: Record) -> bool:
+        """Makes a new object's directories and `_self.json`; False when it exists already.
+
+        Each level by one mkdir: a `.metaflow` that the user deleted is never made again.
+        """
+        for path in (node.path, f"{node.path}/_meta"):
+            try:
+                os.mkdir(path)
+            except FileExistsError:
+                if not _is_directory(path):
+                    raise Problem(500, f"cannot write {path}: it is not a directory", id="disk-error") from None
+            except OSError as error:
+                raise disk_problem(error, path) from None
+        own = f"{node.path}/_meta/_self.json"
+        if os.path.lexists(own):
+            return False
+        self._write(own, record)
+        node.record, node.sig = record, _signature(own)
+        return True
+
+    def create_flow(self, name: str, body: Record) -> Optional[FlowNode]:
+        """Makes a flow from a checked body; None when it exists."""
+        node = FlowNode(self.root, name)
+        record = flow_record(name, body, now_ms())
+        if not self._make(node, record):
+            return None
+        self._flows[name] = node
+        node.baseline = True
+        self._tell(Event("flow", node))
+        return node
+
+    def create_run(self, flow: FlowNode, body: Record, run_id: Optional[str] = None) -> Optional[RunNode]:
+        """Makes a run: id microseconds since the epoch, strictly rising and exclusive by mkdir, or the client's.
+
+        None when the client's id is taken. A first heartbeat counts from now on (api: heartbeats).
+        """
+        while True:
+            ms = now_ms()
+            number = run_id or str(max(time.time_ns() // 1000, self._last_run + 1))
+            node = RunNode(flow, number)
+            record = object_record({"run_number": number}, flow.name, body, ms)
+            if run_id is None:
+                self._last_run = int(number)
+                if not _exclusive(node.path):
+                    continue
+            if not self._make(node, record):
+                return None
+            break
+        node.next_task = 1 if run_id is None else None
+        node.baseline = True
+        flow.children[number] = node
+        node.signs = Signs()
+        if wants_heartbeat(body.get("system_tags")):
+            self.beat(node, ms // 1000)
+            self._save_signs(node)
+        self._tell(Event("run", flow, node))
+        return node
+
+    def create_step(self, run: RunNode, name: str, body: Record) -> Optional[StepNode]:
+        """Makes a step; None when it exists."""
+        node = StepNode(run, name)
+        record = object_record({"run_number": run.id, "step_name": name}, run.flow, body, now_ms())
+        if not self._make(node, record):
+            return None
+        run.children[name] = node
+        node.baseline = True
+        self._tell(Event("step", self._flows[run.flow], run, node))
+        return node
+
+    def create_task(self, step: StepNode, body: Record, task_id: Optional[str] = None) -> Optional[TaskNode]:
+        """Makes a task: the run's next number, exclusive by mkdir, or the client's id; None when that is taken."""
+        run = step.run
+        while True:
+            ms = now_ms()
+            number = task_id or str(self._next_task(run))
+            node = TaskNode(step, number)
+            ids = {"run_number": run.id, "step_name": step.name, "task_id": number}
+            if task_id is None:
+                run.next_task = int(number) + 1
+                if not _exclusive(node.path):
+                    run.next_task = None
+                    continue
+            if not self._make(node, object_record(ids, run.flow, body, ms)):
+                return None
+            break
+        step.children[number] = node
+        node.facts = TaskFacts()
+        node.facts.created_at = node.facts.changed_at = ms
+        node.signs = Signs()
+        if wants_heartbeat(body.get("system_tags")):
+            self.beat(node, ms // 1000)
+        self._tell(Event("task", self._flows[run.flow], run, step, node))
+        return node
+
+    def _next_task(self, run: RunNode) -> int:
+        """The next free task number of a run, seeded from disk: above every number in any step."""
+        if run.next_task is None:
+            highest = 0
+            for step in _directories(run.path):
+                for task in _directories(f"{run.path}/{step}"):
+                    if is_number(task):
+                        highest = max(highest, int(task))
+            run.next_task = highest + 1
+        return run.next_task
+
+    async def add_metadata(self, task: TaskNode, rows: List[Record]) -> int:
+        """Writes checked metadata rows, all or none, one file each; returns how many.
+
+        A field that already has a record of this millisecond gets the next free one: local mode loses it.
+        """
+        run, meta = task.run, f"{task.path}/_meta"
+        ids = {"run_number": run.id, "step_name": task.step.name, "task_id": task.id}
+        ms, pace, written = now_ms(), Pacer(), []
+        records: List[Record] = []
+        try:
+            for row in rows:
+                at = ms
+                while os.path.lexists(f"{meta}/{metadata_file(row.get('field_name', ' '), at)}"):
+                    at += 1
+                record = metadata_record(ids, run.flow, row, at)
+                path = f"{meta}/{metadata_file(record['field_name'], at)}"
+                self._write(path, record)
+                written.append(path)
+                records.append(record)
+                await pace()
+        except Problem:
+            _remove(written)
+            raise
+        self._tell_rows("metadata", task, records, written)
+        return len(records)
+
+    async def add_artifacts(self, task: TaskNode, rows: List[Record]) -> int:
+        """Writes checked artifact rows, all or none; returns how many were new (a known name keeps its record)."""
+        run, meta = task.run, f"{task.path}/_meta"
+        ids = {"run_number": run.id, "step_name": task.step.name, "task_id": task.id}
+        ms, pace, written = now_ms(), Pacer(), []
+        records: List[Record] = []
+        try:
+            for row in rows:
+                record = artifact_record(ids, run.flow, row, ms)
+                path = f"{meta}/{artifact_file(record['attempt_id'], record['name'])}"
+                if not os.path.lexists(path):
+                    self._write(path, record)
+                    written.append(path)
+                    records.append(record)
+                await pace()
+        except Problem:
+            _remove(written)
+            raise
+        self._tell_rows("artifact", task, records, written)
+        return len(records)
+
+    def _tell_rows(self, kind: str, task: TaskNode, records: List[Record], written: List[str]) -> None:
+        if not records:
+            return
+        if task.facts is not None:
+            names = [path.rpartition("/")[2] for path in written]
+            for name, record in zip(names, records):
+                if _is_fact(name):
+                    task.read.add(name)
+                    _take_fact(task.facts, name, record)
+            task.facts.changed_at = max(task.facts.changed_at, now_ms())
+        for record, path in zip(records, written):
+            if kind == "metadata":
+                record["id"] = metadata_id(path[len(self.root) :], record["ts_epoch"])
+        self._tell(Event(kind, self._flows[task.run.flow], task.run, task.step, task, tuple(records)))
+
+    def replace_tags(self, run: RunNode, tags: List[str]) -> None:
+        """Rewrites a run's user tags; its ts_epoch, user and unknown keys stay (local mode would reset them)."""
+        record = dict(run.self_record, tags=tags)
+        path = f"{run.path}/_meta/_self.json"
+        self._write(path, record)
+        run.record, run.sig = record, _signature(path)
+        self._tell(Event("tags", self._flows[run.flow], run))
+
+    # -- signs of life
+
+    def signs(self, node: RunOrTask) -> Signs:
+        """The signs of life of a run or task, read from disk on first use."""
+        if node.signs is None:
+            node.signs = signs = Signs()
+            saved = read_record(f"{node.path}/_meta/{SIGNS_FILE}") or {}
+            beat, lost = saved.get("last_heartbeat_ts"), saved.get("lost")
+            if isinstance(beat, int):
+                signs.heartbeat = beat
+            if isinstance(saved.get("lease"), str):
+                signs.lease = saved["lease"]
+            if isinstance(lost, dict):
+                signs.lost = {int(k): v for k, v in lost.items() if k.isdigit() and isinstance(v, int)}
+        return node.signs
+
+    def beat(self, node: RunOrTask, at: int) -> None:
+        """A heartbeat at `at` (s): counts at once, is on disk at the next `flush_signs`."""
+        signs = self.signs(node)
+        if signs.heartbeat is None or at > signs.heartbeat:
+            signs.heartbeat = at
+            self._unsaved.add(node)
+
+    def mark_lost(self, node: RunOrTask, attempt: int, at: Optional[int]) -> None:
+        """Records (at in ms) or withdraws (None) that the process behind an attempt has died; on disk at once."""
+        signs = self.signs(node)
+        if at is None:
+            if signs.lost.pop(attempt, None) is None:
+                return
+        elif signs.lost.get(attempt) == at:
+            return
+        else:
+            signs.lost[attempt] = at
+        self._save_signs(node)
+        self._tell_signs(node)
+
+    def set_lease(self, run: RunNode, lease: str) -> None:
+        """Remembers, across restarts too, which `mflocal run` a run belongs to."""
+        signs = self.signs(run)
+        if signs.lease != lease:
+            signs.lease = lease
+            self._save_signs(run)
+
+    def _tell_signs(self, node: RunOrTask) -> None:
+        run = node.run if isinstance(node, TaskNode) else node
+        flow = self._flows.get(run.flow)
+        if flow is not None:
+            task = node if isinstance(node, TaskNode) else None
+            self._tell(Event("signs", flow, run, task.step if task else None, task))
+
+    def flush_signs(self) -> None:
+        """Writes the heartbeats that came since the last call; a failing disk loses none that matter."""
+        waiting, self._unsaved = self._unsaved, set()
+        for node in waiting:
+            self._save_signs(node)
+
+    def _save_signs(self, node: RunOrTask) -> None:
+        # In place and padded: one small pwrite is never torn by a kill, and the directory's mtime, by which
+        # readers revalidate, stays as it is.
+        signs = self.signs(node)
+        self._unsaved.discard(node)
+        saved: Record = {"last_heartbeat_ts": signs.heartbeat, "lost": {str(k): v for k, v in signs.lost.items()}}
+        if signs.lease is not None:
+            saved["lease"] = signs.lease
+        data = dumps(saved)
+        try:
+            fd = os.open(
+                f"{node.path}/_meta/{SIGNS_FILE}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+            )
+            try:
+                os.pwrite(fd, data.ljust(128) + b"\n", 0)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            return
+        except OSError:
+            self._unsaved.add(node)
+
+    # -- reading single objects
+
+    def _valid(self, node: Node) -> bool:
+        """Revalidates a node's `_self.json` by one stat and reads it again when it changed."""
+        path = f"{node.path}/_meta/_self.json"
+        sig = _signature(path)
+        if sig is None:
+            node.record = node.sig = None
+            return False
+        if sig != node.sig or node.record is None:
+            changed = node.record is not None and isinstance(node, RunNode)
+            record = read_record(path)
+            if record is None:
+                return False
+            self._share_tags(record)
+            node.record, node.sig = record, sig
+            if changed and isinstance(node, RunNode):
+                self._tell(Event("tags", self._flows[node.flow], node))
+        return True
+
+    def _share_tags(self, record: Record) -> None:
+        # Ten thousand runs carry the same few tags: one string each.
+        for key in ("tags", "system_tags"):
+            tags = record.get(key)
+            if isinstance(tags, list):
+                if len(self._tags) > 50_000:
+                    self._tags.clear()
+                record[key] = [self._tags.setdefault(t, t) if isinstance(t, str) else t for t in tags]
+
+    def _flow_node(self, name: str) -> Optional[FlowNode]:
+        node = self._flows.get(name)
+        if node is None:
+            if not is_flow_name(name):
+                return None
+            node = FlowNode(self.root, name)
+            if not _is_directory(node.path) or not _is_directory(f"{node.path}/_meta"):
+                return None
+            self._flows[name] = node
+        return node
+
+    def flow(self, name: str) -> Optional[FlowNode]:
+        """A flow by name, revalidated; None when there is none."""
+        node = self._flow_node(name)
+        return node if node is not None and self._valid(node) else None
+
+    def run(self, flow: str, run_id: str) -> Optional[RunNode]:
+        """A run by flow and id, revalidated; None when there is none."""
+        parent = self._flow_node(flow)
+        if parent is None:
+            return None
+        node = parent.children.get(run_id)
+        if node is None:
+            if not is_run_id(run_id):
+                return None
+            node = RunNode(parent, run_id)
+            if not _is_directory(node.path) or not self._valid(node):
+                return None
+            if parent.baseline:
+                self._found(parent, node)
+            parent.children[run_id] = node
+        elif not self._valid(node):
+            return None
+        return node
+
+    def step(self, run: RunNode, name: str) -> Optional[StepNode]:
+        """A step of a run, revalidated; None when there is none."""
+        node = run.children.get(name)
+        if node is None:
+            if not is_flow_name(name):
+                return None
+            node = StepNode(run, name)
+            if not _is_directory(node.path) or not self._valid(node):
+                return None
+            run.children[name] = node
+            if run.baseline:
+                self._tell(Event("step", self._flows[run.flow], run, node))
+        elif not self._valid(node):
+            return None
+        return node
+
+    def task(self, step: StepNode, task_id: str) -> Optional[TaskNode]:
+        """A task of a step, revalidated; None when there is none."""
+        node = step.children.get(task_id)
+        if node is None:
+            if not is_run_id(task_id):
+                return None
+            node = TaskNode(step, task_id)
+            if not _is_directory(node.path) or not self._valid(node):
+                return None
+            step.children[task_id] = node
+            if step.baseline:
+                self._tell(Event("task", self._flows[step.run.flow], step.run, step, node))
+        elif not self._valid(node):
+            return None
+        return node
+
+    def find_task(self, flow: str, run_id: str, step_name: str, task_id: str) -> Optional[TaskNode]:
+        """A task by its whole pathspec; None as soon as a part is missing."""
+        run = self.run(flow, run_id)
+        step = self.step(run, step_name) if run else None
+        return self.task(step, task_id) if step else None
+
+    def _found(self, parent: FlowNode, node: RunNode) -> None:
+        self._tell(Event("run", parent, node))
+
+    # -- reading lists
+
+    def _scan(
+        self, node: Union[FlowNode, RunNode, StepNode], make: Callable[[str], Any], good: Callable[[str], bool]
+    ) -> None:
+        """Brings `children` up to date with the directory if its mtime changed."""
+        try:
+            mtime = os.stat(node.path).st_mtime_ns
+            if mtime == node.dir_sig:
+                return
+            children: Dict[str, Any] = node.children
+            seen = set()
+            with os.scandir(node.path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    seen.add(name)
+                    if name not in children and good(name) and entry.is_dir(follow_symlinks=False):
+                        children[name] = make(name)
+        except OSError:
+            node.children.clear()
+            node.dir_sig = 0
+            return
+        if len(seen) <= len(children):
+            for name in [name for name in children if name not in seen]:
+                del children[name]
+        else:
+            for name in children.keys() - seen:
+                del children[name]
+        node.dir_sig = _settled(mtime)
+
+    async def flows(self) -> List[FlowNode]:
+        """All flows, newest first."""
+        pace, flows = Pacer(), self._flows
+        mtime = os.stat(self.root).st_mtime_ns if os.path.isdir(self.root) else 0
+        if mtime != self._root_sig:
+            names = {name for name in _directories(self.root) if is_flow_name(name)}
+            for name in flows.keys() - names:
+                del flows[name]
+            for name in names - flows.keys():
+                flows[name] = FlowNode(self.root, name)
+            self._root_sig = _settled(mtime)
+        found = []
+        for node in list(flows.values()):
+            new = node.record is None
+            if self._valid(node):
+                found.append(node)
+                if new and self._baseline:
+                    self._tell(Event("flow", node))
+            await pace()
+        self._baseline = True
+        found.sort(key=_newest_first)
+        return found
+
+    async def runs(self, flow: FlowNode) -> List[RunNode]:
+        """All runs of a flow, newest first. Rows read before are not all checked again here: see `check`."""
+        pace = Pacer()
+        self._scan(flow, lambda name: RunNode(flow, name), is_run_id)
+        found = []
+        for node in list(flow.children.values()):
+            if node.record is None:
+                if not self._valid(node):
+                    continue
+                if flow.baseline:
+                    self._found(flow, node)
+                await pace()
+            found.append(node)
+        flow.baseline = True
+        found.sort(key=_newest_first)
+        return found
+
+    async def check(self, runs: List[RunNode]) -> List[RunNode]:
+        """Revalidates the runs that are about to be shown; drops those that are gone."""
+        pace, good = Pacer(), []
+        for run in runs:
+            if self._valid(run):
+                good.append(run)
+            await pace()
+        return good
+
+    def steps(self, run: RunNode) -> List[StepNode]:
+        """The steps of a run in the order in which they began."""
+        self._scan(run, lambda name: StepNode(run, name), is_flow_name)
+        found = []
+        for node in list(run.children.values()):
+            if node.record is None:
+                if not self._valid(node):
+                    continue
+                if run.baseline:
+                    self._tell(Event("step", self._flows[run.flow], run, node))
+            found.append(node)
+        run.baseline = True
+        found.sort(key=lambda node: ((node.record or {}).get("ts_epoch") or 0, node.name))
+        return found
+
+    async def tasks(self, step: StepNode) -> List[TaskNode]:
+        """The tasks of a step, newest first."""
+        pace = Pacer()
+        self._scan(step, lambda name: TaskNode(step, name), is_run_id)
+        found = []
+        for node in list(step.children.values()):
+            if node.record is None:
+                if not self._valid(node):
+                    continue
+                if step.baseline:
+                    self._tell(Event("task", self._flows[step.run.flow], step.run, step, node))
+                await pace()
+            found.append(node)
+        step.baseline = True
+        found.sort(key=_newest_first)
+        return found
+
+    async def run_tasks(self, run: RunNode) -> List[TaskNode]:
+        """All tasks of a run, step by step."""
+        found: List[TaskNode] = []
+        for step in self.steps(run):
+            found += await self.tasks(step)
+        return found
+
+    # -- what a task's files say
+
+    def facts(self, task: TaskNode) -> TaskFacts:
+        """The facts of a task; costs one stat while its directory does not change."""
+        facts = task.facts
+        if facts is None:
+            facts = task.facts = TaskFacts()
+            task.read = set()
+        meta = f"{task.path}/_meta"
+        task.checked = time.monotonic()
+        try:
+            mtime = os.stat(meta).st_mtime_ns
+            if mtime != task.meta_sig:
+                self._read_facts(task, facts, meta)
+                facts.changed_at = max(facts.changed_at, mtime // 1_000_000)
+                task.meta_sig = _settled(mtime)
+        except OSError:
+            pass
+        facts.created_at = task.self_record.get("ts_epoch")
+        signs = task.signs or self.signs(task)
+        facts.heartbeat = signs.heartbeat
+        for number, at in signs.lost.items():
+            facts.attempt(number).lost_at = at
+        for number, attempt in facts.attempts.items():
+            if attempt.lost_at is not None and number not in signs.lost:
+                attempt.lost_at = None
+        return facts
+
+    def _read_facts(self, task: TaskNode, facts: TaskFacts, meta: str) -> None:
+        """Reads the records among the new names that the facts need, and tells listeners of them."""
+        first = not task.read
+        fresh: List[Record] = []
+        with os.scandir(meta) as entries:
+            names = [entry.name for entry in entries]
+        for name in names:
+            if name not in task.read and _is_fact(name):
+                record = read_record(f"{meta}/{name}")
+                if record is None:
+                    continue
+                task.read.add(name)
+                _take_fact(facts, name, record)
+                parts = split_metadata_file(name)
+                if parts:
+                    record["id"] = metadata_id(f"{meta}/{name}"[len(self.root) :], parts[1])
+                    fresh.append(record)
+        if fresh and not first:
+            flow = self._flows[task.run.flow]
+            self._tell(Event("metadata", flow, task.run, task.step, task, tuple(fresh)))
+
+    async def run_facts(self, run: RunNode) -> List[Tuple[TaskNode, TaskFacts]]:
+        """Every task of a run with its facts. Finished ones looked at a moment ago are not stat'ed again."""
+        pace, found = Pacer(), []
+        tasks = await self.run_tasks(run)
+        fresh_from = time.monotonic() - (RECHECK_AFTER if len(tasks) > 200 else 0)
+        for task in tasks:
+            facts = task.facts
+            if facts is None or task.checked < fresh_from:
+                facts = self.facts(task)
+                await pace()
+            found.append((task, facts))
+        return found
+
+    def end_step(self, run: RunNode) -> str:
+        """The name of a run's last step: `end` unless `_parameters` says otherwise (Metaflow 2.19.23 on)."""
+        if "end" in run.children or _is_directory(f"{run.path}/end"):
+            return "end"
+        step = self.step(run, "_parameters")
+        for name in _directories(step.path) if step else ():
+            task = self.task(step, name) if step else None
+            if task is not None:
+                named = self.facts(task).end_step
+                if named:
+                    return named
+        return "end"
+
+    async def metadata(self, task: TaskNode) -> List[Record]:
+        """All metadata records of a task as on disk, plus "id"; newest first (ts_epoch, then id)."""
+        return await self._task_rows(task, "metadata")
+
+    async def artifacts(self, task: TaskNode) -> List[Record]:
+        """The artifact records of all attempts of a task as on disk; newest attempt first, then by name."""
+        return await self._task_rows(task, "artifact")
+
+    async def _task_rows(self, task: TaskNode, kind: str) -> List[Record]:
+        meta = f"{task.path}/_meta"
+        try:
+            mtime = os.stat(meta).st_mtime_ns
+        except OSError:
+            return []
+        key = (task.path, kind)
+        kept = self._rows.get(key)
+        if kept is not None and kept[0] == mtime:
+            self._rows.move_to_end(key)
+            return kept[1]
+        with os.scandir(meta) as entries:
+            names = sorted(entry.name for entry in entries)
+        pace, rows = Pacer(), []
+        for name in names:
+            record = self._task_record(task, meta, name, kind)
+            if record is not None:
+                rows.append(record)
+                await pace()
+        if kind == "metadata":
+            _number(rows)
+            rows.sort(key=lambda r: (r["ts_epoch"], r["id"]), reverse=True)
+        else:
+            rows.sort(key=lambda r: (-r["attempt_id"], r["name"]))
+        if _settled(mtime):
+            self._keep_rows(key, mtime, rows)
+        return rows
+
+    def _task_record(self, task: TaskNode, meta: str, name: str, kind: str) -> Optional[Record]:
+        """One metadata or artifact file as a record that belongs to this task, whatever it claims."""
+        if kind == "metadata":
+            field = split_metadata_file(name)
+            record = read_record(f"{meta}/{name}") if field else None
+            if field is None or record is None:
+                return None
+            if not isinstance(record.get("ts_epoch"), int):
+                record["ts_epoch"] = field[1]
+            record["id"] = metadata_id(f"{meta}/{name}"[len(self.root) :], field[1])
+        else:
+            artifact = split_artifact_file(name)
+            record = read_record(f"{meta}/{name}") if artifact else None
+            if artifact is None or record is None:
+                return None
+            record["attempt_id"], record["name"] = artifact
+        record["flow_id"], record["run_number"] = task.run.flow, task.run.id
+        record["step_name"], record["task_id"] = task.step.name, task.id
+        return record
+
+    def _keep_rows(self, key: Tuple[str, str], mtime: int, rows: List[Record]) -> None:
+        old = self._rows.pop(key, None)
+        self._rows_held += len(rows) - (len(old[1]) if old else 0)
+        self._rows[key] = (mtime, rows)
+        while self._rows_held > ROWS_KEPT and self._rows:
+            _, (_, dropped) = self._rows.popitem(last=False)
+            self._rows_held -= len(dropped)
+
+    # -- watching what others write
+
+    async def refresh(self) -> None:
+        """Looks for flows and runs that local mode made; new ones are told to the listeners."""
+        pace = Pacer()
+        for flow in await self.flows():
+            if flow.baseline:
+                await self.runs(flow)
+            await pace()
+
+    async def refresh_run(self, run: RunNode) -> None:
+        """Looks for what local mode changed in one run: its tags, steps, tasks and what tasks report."""
+        pace = Pacer()
+        if not self._valid(run):
+            return
+        for step in self.steps(run):
+            for task in await self.tasks(step):
+                self.facts(task)
+                await pace()
+
+    def _tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+
+# -- helpers of the store
+
+
+def _signature(path: str) -> Optional[Tuple[int, int, int]]:
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return None
+    return (info.st_mtime_ns, info.st_ino, info.st_size) if stat.S_ISREG(info.st_mode) else None
+
+
+def _settled(mtime_ns: int) -> int:
+    """The mtime to remember, or 0 when it is so young that a further change might leave it as it is."""
+    return mtime_ns if abs(time.time_ns() - mtime_ns) > RACY_NS else 0
+
+
+def _is_directory(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _directories(path: str) -> Iterator[str]:
+    try:
+        with os.scandir(path) as entries:
+            yield from [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+
+
+def _exclusive(path: str) -> bool:
+    """mkdir as a claim on an id: True for exactly one caller in any process."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise disk_problem(error, path) from None
+    return True
+
+
+def _remove(paths: List[str]) -> None:
+    for path in paths:
+        try:
+            os.unlink(path)
+        except OSError:
+            pass
+
+
+def _newest_first(node: Node) -> Tuple[int, int, str]:
+    name = node.name if isinstance(node, (FlowNode, StepNode)) else node.id
+    number = int(name) if is_number(name) else 0
+    return (-((node.record or {}).get("ts_epoch") or 0), -number, name)
+
+
+def _number(rows: List[Record]) -> None:
+    """Makes the ids of one task's metadata rows unique: of two alike the later by name gets the next."""
+    rows.sort(key=lambda r: r["id"])
+    last = -1
+    for row in rows:
+        if row["id"] <= last:
+            row["id"] = last + 1
+        last = row["id"]
+
+
+_FACT_FIELDS = ("sysmeta_attempt", "sysmeta_foreach-stack_", "sysmeta_start_step_", "sysmeta_end_step_")
+
+
+def _is_fact(name: str) -> bool:
+    return name.startswith(_FACT_FIELDS) or name.endswith("_artifact__task_ok.json")
+
+
+def attempt_of_tags(tags: Any) -> Optional[int]:
+    """The attempt that a metadata record's `attempt_id:N` tag names, or None."""
+    for tag in tags if isinstance(tags, list) else ():
+        if isinstance(tag, str) and tag.startswith("attempt_id:") and tag[11:].isascii() and tag[11:].isdigit():
+            return int(tag[11:][:6])
+    return None
+
+
+def _take_fact(facts: TaskFacts, name: str, record: Record) -> None:
+    """Adds one record to the facts: fields `attempt`, `attempt-done`, `attempt_ok`, artifact `_task_ok`."""
+    artifact = split_artifact_file(name)
+    ms = record.get("ts_epoch")
+    at = ms if isinstance(ms, int) else 0
+    if artifact is not None:
+        if artifact[1] == "_task_ok":
+            attempt = facts.attempt(artifact[0])
+            attempt.task_ok_at, attempt.task_ok_record = at, record
+        return
+    parts = split_metadata_file(name)
+    field, value = parts[0] if parts else "", record.get("value")
+    if field in ("attempt", "attempt-done"):
+        if isinstance(value, (str, int)) and str(value).isascii() and str(value).isdigit() and len(str(value)) < 6:
+            attempt = facts.attempt(int(value))
+            if field == "attempt":
+                attempt.started_at = max(at, attempt.started_at or 0)
+            else:
+                attempt.done_at = max(at, attempt.done_at or 0)
+    elif field == "attempt_ok":
+        number = attempt_of_tags(record.get("tags"))
+        attempt = facts.attempt(number or 0)
+        if at >= (attempt.ok_at or 0):
+            attempt.ok_at, attempt.ok = at, truth(value)
+    elif field == "foreach-stack":
+        facts.foreach_stack = value
+    elif field in ("start_step", "end_step") and isinstance(value, str):
+        setattr(facts, field, value)
+
+
+# ---- 4. Liveness: the open connection is the heartbeat ----
+
+_RUN = -1  # stands where an attempt's number would, in the keys of runs
+_Key = Tuple[str, int]
+
+
+class Liveness:
+    """Who is alive, from what the daemon sees anyway: which connections are open and what was said on them.
+
+    POST run, step and task speak for the run, the metadata field `attempt` for that attempt of that task;
+    nothing else speaks. When the last connection that spoke for something unfinished closes, its process has
+    died. Ordinary heartbeats count beside it, and what they are sent for is judged by them alone once the
+    connection is gone. After a restart of the daemon, a living `mflocal run` (its lease) vouches for what
+    has not spoken yet. What is finished never changes.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._open: Dict[_Key, Set[Hashable]] = {}
+        self._spoken: Dict[Hashable, Set[_Key]] = {}
+        self._nodes: Dict[_Key, RunOrTask] = {}
+        self._beaten: Dict[str, RunOrTask] = {}
+        self._leases: Dict[str, Set[Hashable]] = {}
+        self.frozen = False
+
+    # -- what is heard
+
+    def speak_run(self, connection: Hashable, run: RunNode, lease: Optional[str]) -> None:
+        """A request on this connection was made by the run's own runtime."""
+        self._speak(connection, (run.path, _RUN), run)
+        self._store.mark_lost(run, 0, None)
+        if lease:
+            self._store.set_lease(run, lease)
+
+    def speak_attempt(self, connection: Hashable, task: TaskNode, attempt: int) -> None:
+        """The process of this attempt said so on this connection."""
+        self._speak(connection, (task.path, attempt), task)
+        self._store.mark_lost(task, attempt, None)
+
+    def _speak(self, connection: Hashable, key: _Key, node: RunOrTask) -> None:
+        self._open.setdefault(key, set()).add(connection)
+        self._spoken.setdefault(connection, set()).add(key)
+        self._nodes[key] = node
+
+    def beat(self, node: RunOrTask) -> None:
+        """An ordinary heartbeat: a sign of life, and word that this client has others than its connection."""
+        self._beaten[node.path] = node
+        self._store.beat(node, int(time.time()))
+        for attempt in list(self._store.signs(node).lost):
+            self._store.mark_lost(node, attempt, None)
+
+    def hold_lease(self, connection: Hashable, lease: str) -> None:
+        """A wrapper lives as long as this connection."""
+        self._leases.setdefault(lease, set()).add(connection)
+
+    def closed(self, connection: Hashable) -> None:
+        """A connection was closed by its client. What only it spoke for, unfinished, has died."""
+        for lease in [lease for lease, held in self._leases.items() if connection in held]:
+            self._leases[lease].discard(connection)
+            if not self._leases[lease]:
+                del self._leases[lease]
+        for key in self._spoken.pop(connection, ()):
+            held = self._open.get(key)
+            if held is None:
+                continue
+            held.discard(connection)
+            if not held:
+                del self._open[key]
+                node = self._nodes.pop(key)
+                if not self.frozen:
+                    self._gone(node, key[1])
+
+    def forget(self, connection: Hashable) -> None:
+        """A connection that we closed ourselves: its end proves nothing, the ordinary cutoff runs from now."""
+        for held in self._leases.values():
+            held.discard(connection)
+        self._leases = {lease: held for lease, held in self._leases.items() if held}
+        for key in self._spoken.pop(connection, ()):
+            held = self._open.get(key, set())
+            held.discard(connection)
+            if not held and self._open.pop(key, None) is not None:
+                self._store.beat(self._nodes.pop(key), int(time.time()))
+
+    def _gone(self, node: RunOrTask, attempt: int) -> None:
+        self._store.beat(node, int(time.time()))
+        if node.path in self._beaten or self._finished(node, attempt):
+            return
+        self._store.mark_lost(node, max(attempt, 0), now_ms())
+
+    def ended(self, lease: str) -> None:
+        """A wrapper says that its command ended by itself: it has waited for its tasks.
+
+        What of its runs is unfinished has died, even where a forked child still holds the connection.
+        """
+        runs = {
+            id(n): n for n in self._nodes.values() if isinstance(n, RunNode) and self._store.signs(n).lease == lease
+        }
+        for key, node in list(self._nodes.items()):
+            run = node.run if isinstance(node, TaskNode) else node
+            if id(run) in runs or self._store.signs(run).lease == lease:
+                for connection in self._open.pop(key, ()):
+                    self._spoken.get(connection, set()).discard(key)
+                del self._nodes[key]
+                self._gone(node, key[1])
+
+    def _finished(self, node: RunOrTask, attempt: int) -> bool:
+        if isinstance(node, RunNode):
+            return self.run_completed(node)
+        facts = self._store.facts(node)
+        own = facts.attempts.get(attempt)
+        return (own is not None and own.finished) or max(facts.attempts, default=0) > attempt
+
+    def run_completed(self, run: RunNode) -> bool:
+        """Whether the run's last step has been done with success."""
+        step = self._store.step(run, self._store.end_step(run))
+        if step is None:
+            return False
+        for task in list(step.children.values()):
+            attempts = self._store.facts(task).attempts
+            if attempts and attempts[max(attempts)].ok:
+                return True
+        return False
+
+    # -- what is asked
+
+    def alive(self, node: RunOrTask, attempt: int = 0) -> Optional[bool]:
+        """True: a sign of life by connection or lease; False: seen to die; None: only heartbeats or files tell."""
+        key = (node.path, _RUN if isinstance(node, RunNode) else attempt)
+        if key in self._open:
+            return True
+        if attempt in self._store.signs(node).lost:
+            return False
+        run = node.run if isinstance(node, TaskNode) else node
+        lease = self._store.signs(run).lease
+        if lease is not None and lease in self._leases and node.path not in self._beaten:
+            return True
+        return None
+
+    def heartbeat(self, node: RunOrTask) -> Optional[int]:
+        """`last_heartbeat_ts` in s: now while something that spoke for the node is open."""
+        if isinstance(node, RunNode):
+            live = (node.path, _RUN) in self._open
+        else:
+            facts = node.facts
+            newest = max(facts.attempts, default=0) if facts else 0
+            live = (node.path, newest) in self._open and not self._finished(node, newest)
+        return int(time.time()) if live else self._store.signs(node).heartbeat
+
+    def speaks(self, connection: Hashable) -> bool:
+        """Whether a connection stands for something unfinished (then it is never closed for being idle)."""
+        return any(not self._finished(self._nodes[key], key[1]) for key in self._spoken.get(connection, ()))
+
+    def busy(self) -> bool:
+        """Whether any wrapper lives or any connection stands for something unfinished."""
+        return bool(self._leases) or any(not self._finished(self._nodes[key], key[1]) for key in self._open)
+
+    def leased(self, lease: str) -> bool:
+        """Whether the wrapper of this lease lives."""
+        return lease in self._leases
+
+    def active_runs(self, cutoff: int) -> List[Tuple[RunNode, str]]:
+        """(run, how it is known to be alive: connection, heartbeat or lease) of every unfinished run."""
+        found: Dict[str, Tuple[RunNode, str]] = {}
+        for key, node in self._nodes.items():
+            run = node.run if isinstance(node, TaskNode) else node
+            if key in self._open and not self._finished(node, key[1]):
+                found[run.path] = (run, "connection")
+        now = time.time()
+        for path, node in list(self._beaten.items()):
+            run = node.run if isinstance(node, TaskNode) else node
+            if now - (self._store.signs(node).heartbeat or 0) > cutoff or self.run_completed(run):
+                del self._beaten[path]
+            elif run.path not in found:
+                found[run.path] = (run, "heartbeat")
+        return list(found.values())
+
+    def tick(self) -> None:
+        """Every few seconds: what is open beats, and the beats go to disk."""
+        now = int(time.time())
+        for key, node in self._nodes.items():
+            if not self._finished(node, key[1]):
+                self._store.beat(node, now)
+        self._store.flush_signs()
+
+
+# ---- 5. Status: what attempts, steps and runs look like to a reader ----
+LOCAL_IDLE_CUTOFF = 300.0  # the same when no task is unfinished, or one has failed: longer than cards take
+FAILED_CUTOFF = 30.0  # s without a heartbeat after a failed task: two beats missed, no retry begun
+MAX_TASK_ATTEMPTS = 6  # Metaflow never starts a seventh attempt (its MAX_ATTEMPTS)
+FALLBACK_ATTEMPTS = 3  # attempts that @catch adds to those of @retry (its NUM_FALLBACK_RETRIES)
+
+COMPLETED, FAILED, RUNNING, PENDING, UNKNOWN = "completed", "failed", "running", "pending", "unknown"
+
+# Step decorators of Metaflow's own whose retries are known; any other may bring retries of its own.
+_NO_RETRIES = frozenset(
+    ("batch", "card", "conda", "environment", "kubernetes", "parallel", "pypi", "pytorch_parallel")
+    + ("resources", "secrets", "timeout")
+)
+
+
+class AttemptStatus(NamedTuple):
+    """One attempt of a task as the UI shows it; times and duration in ms.
+
+    `ok` is what Metaflow said about it (attempt_ok, else the `_task_ok` artifact), None while it has not.
+    """
+
+    attempt_id: int
+    status: str
+    started_at: Optional[int]
+    finished_at: Optional[int]
+    duration: Optional[int]
+    ok: Optional[bool]
+
+
+class RunStatus(NamedTuple):
+    """completed, failed or running; finished_at (None while running) and duration in ms."""
+
+    status: str
+    finished_at: Optional[int]
+    duration: Optional[int]
+
+
+def newest(*times: Optional[int]) -> Optional[int]:
+    """The latest of the times that are known, None when none is."""
+    return max((t for t in times if t is not None), default=None)
+
+
+def finish_of(attempt: AttemptFacts) -> Optional[int]:
+    """When Metaflow said that an attempt is over (ms): latest of attempt_ok, attempt-done and _task_ok."""
+    return newest(attempt.ok_at, attempt.done_at, attempt.task_ok_at)
+
+
+def elapsed(start: Optional[int], end: Optional[int]) -> Optional[int]:
+    """ms from start to end, never negative (heartbeats are whole seconds, clocks jump); None if unknown."""
+    return None if start is None or end is None else max(end - start, 0)
+
+
+def _begin_of(attempt: AttemptFacts) -> Optional[int]:
+    times = (attempt.started_at, attempt.ok_at, attempt.done_at, attempt.task_ok_at)
+    return min((t for t in times if t is not None), default=None)
+
+
+def _to_ms(seconds: Optional[int]) -> Optional[int]:
+    return None if seconds is None else seconds * 1000
+
+
+def _nothing_known(number: int) -> Optional[bool]:
+    return None
+
+
+class _AttemptView(NamedTuple):
+    """What is known around an attempt: times and cutoffs in ms, `run_ended` from run_status."""
+
+    now: int
+    alive: Callable[[int], Optional[bool]]
+    run_ended: Optional[bool]
+    run_finished_at: Optional[int]
+    cutoff: float
+    local_cutoff: float
+
+
+def attempt_rows(
+    facts: TaskFacts,
+    now: int,
+    alive: Callable[[int], Optional[bool]] = _nothing_known,
+    *,
+    run_ended: Optional[bool] = None,
+    run_finished_at: Optional[int] = None,
+    task_ok: Callable[[int], Optional[bool]] = _nothing_known,
+    parameters: bool = False,
+    cutoff: float = RUN_CUTOFF,
+    local_cutoff: float = LOCAL_CUTOFF,
+) -> List[AttemptStatus]:
+    """One row per attempt of a task, oldest first; attempt 0 alone when nothing was written yet.
+
+    now and run_finished_at in ms, cutoffs in s. alive(n): True = a connection or lease vouches for attempt n,
+    False = its process was seen to die, None = not known. run_ended: what run_status says of the run (True
+    completed or failed, False running), None when it was not asked. task_ok(n): the value of attempt n's
+    `_task_ok` artifact where it could be read; called only for finished attempts without attempt_ok.
+    parameters: this is the `_parameters` task, which never has an attempt_ok.
+
+    The rules, first match wins (the UI backend's SQL; marked + where this goes further):
+    1. attempt_ok true: completed; false: failed.
+    2. finished without attempt_ok: by `_task_ok` +; `_parameters`: completed +; else unknown.
+    3. a later attempt has begun: failed, finished at that moment.
+    4. + alive: running, whatever the age of the heartbeat and, once begun, whatever became of the run.
+    5. + seen to die (lost_at, or alive says False) and no heartbeat since: failed, finished at lost_at.
+    6. + the run has ended: failed with it.
+    7. task with heartbeats: running while heartbeat or start are at most `cutoff` old, also + while it waits
+       for its first attempt in a run known to be running (a job queue); else failed at the last sign of life.
+    8. task without heartbeats (plain local mode): + running (pending before its first start) as long as its
+       run is, since a living Metaflow runtime notices at once when one of its tasks dies and then starts
+       another attempt or ends the run; if the run is not known, failed after `local_cutoff` without a change.
+    """
+    view = _AttemptView(now, alive, run_ended, run_finished_at, cutoff * 1000, local_cutoff * 1000)
+    rows: List[AttemptStatus] = []
+    superseded: Optional[int] = None
+    for number in sorted(facts.attempts, reverse=True) or [0]:
+        attempt = facts.attempts.get(number) or AttemptFacts()
+        ok, finished = attempt.ok, finish_of(attempt)
+        if ok is None and finished is not None:
+            ok = task_ok(number)
+            if ok is None and parameters:
+                ok = True
+        if ok is not None or finished is not None:
+            status = UNKNOWN if ok is None else COMPLETED if ok else FAILED
+            finished = finished if finished is not None else superseded
+        elif superseded is not None:
+            status, finished = FAILED, superseded
+        else:
+            status, finished = _unfinished(facts, number, attempt, view)
+        rows.append(_attempt_row(number, status, attempt.started_at, finished, ok, facts.created_at, now))
+        begin = _begin_of(attempt)
+        superseded = superseded if begin is None else begin
+    rows.reverse()
+    return rows
+
+
+def _attempt_row(
+    number: int,
+    status: str,
+    started: Optional[int],
+    finished: Optional[int],
+    ok: Optional[bool],
+    created: Optional[int],
+    now: int,
+) -> AttemptStatus:
+    start = created if started is None else started
+    if status in (RUNNING, PENDING):
+        so_far = elapsed(start, now) if status == RUNNING else None
+        return AttemptStatus(number, status, started, None, so_far, ok)
+    if finished is not None and start is not None:
+        finished = max(finished, start)
+    return AttemptStatus(number, status, started, finished, elapsed(start, finished), ok)
+
+
+def _unfinished(facts: TaskFacts, number: int, attempt: AttemptFacts, view: _AttemptView) -> Tuple[str, Optional[int]]:
+    """(status, finished_at) of an attempt that Metaflow has said nothing final about: rules 4 to 8."""
+    life = view.alive(number)
+    if life and not (view.run_ended and attempt.started_at is None):
+        return RUNNING, None
+    beat = _to_ms(facts.heartbeat)
+    sign = newest(beat, attempt.started_at, facts.created_at)
+    if life is False or attempt.lost_at is not None:
+        lost = attempt.lost_at
+        beaten_since = beat is not None and lost is not None and beat > lost and view.now - beat <= view.cutoff
+        if not beaten_since:
+            return FAILED, lost if lost is not None else sign
+    if view.run_ended:
+        end = view.run_finished_at
+        return FAILED, end if end is not None else newest(sign, facts.changed_at or None)
+    if beat is not None:
+        waiting = attempt.started_at is None and view.run_ended is False
+        if waiting or sign is None or view.now - sign <= view.cutoff:
+            return RUNNING, None
+        return FAILED, sign
+    change = newest(sign, facts.changed_at or None)
+    if view.run_ended is None and change is not None and view.now - change > view.local_cutoff:
+        return FAILED, change
+    return (PENDING if attempt.started_at is None else RUNNING), None
+
+
+class Failure(NamedTuple):
+    """A task whose newest attempt failed: step, number of that attempt, and when (ms)."""
+
+    step: str
+    attempt: int
+    at: int
+
+
+class RunSummary:
+    """The facts of a run's tasks, condensed to what run_status needs; built by `add`, task by task.
+
+    end_ok/end_ok_at: newest attempt_ok of the end step; end_started_at: its newest attempt start;
+    end_done_at: its newest finish without attempt_ok (old clients). failures: tasks whose newest attempt
+    failed. unfinished: tasks whose newest attempt is not over. last_start, last_finish, last_event (creation,
+    start or finish), changed_at (newest change of any file): ms. heartbeat: newest of the tasks', s.
+    """
+
+    __slots__ = (
+        "end_step", "tasks", "end_ok", "end_ok_at", "end_done_at", "end_started_at", "failures", "unfinished",
+        "last_start", "last_finish", "last_event", "changed_at", "heartbeat",
+    )  # fmt: skip
+
+    def __init__(self, end_step: str = "end") -> None:
+        self.end_step = end_step
+        self.tasks = 0
+        self.end_ok: Optional[bool] = None
+        self.end_ok_at: Optional[int] = None
+        self.end_done_at: Optional[int] = None
+        self.end_started_at: Optional[int] = None
+        self.failures: List[Failure] = []
+        self.unfinished = 0
+        self.last_start: Optional[int] = None
+        self.last_finish: Optional[int] = None
+        self.last_event: Optional[int] = None
+        self.changed_at: Optional[int] = None
+        self.heartbeat: Optional[int] = None
+
+    def add(self, step_name: str, facts: TaskFacts) -> None:
+        """Takes in one task. Order does not matter; each task once."""
+        self.tasks += 1
+        self.changed_at = newest(self.changed_at, facts.changed_at or None)
+        self.heartbeat = newest(self.heartbeat, facts.heartbeat)
+        start, finish = facts.created_at, None
+        for attempt in facts.attempts.values():
+            start = newest(start, attempt.started_at)
+            finish = newest(finish, finish_of(attempt))
+            if step_name == self.end_step:
+                self._add_end(attempt)
+        self.last_start = newest(self.last_start, start)
+        self.last_finish = newest(self.last_finish, finish)
+        self.last_event = newest(self.last_event, start, finish)
+        if step_name.startswith("_"):
+            return  # `_parameters` is no work of its own; old clients never finish it
+        number = max(facts.attempts, default=0)
+        last = facts.attempts.get(number)
+        over = None if last is None else finish_of(last)
+        if last is None or over is None:
+            self.unfinished += 1
+        elif last.ok is False:
+            self.failures.append(Failure(step_name, number, over))
+
+    def _add_end(self, attempt: AttemptFacts) -> None:
+        self.end_started_at = newest(self.end_started_at, attempt.started_at)
+        over = finish_of(attempt)
+        if attempt.ok is None or over is None:
+            self.end_done_at = newest(self.end_done_at, over)
+            return
+        said = over if attempt.ok_at is None else attempt.ok_at
+        if self.end_ok_at is None or said >= self.end_ok_at:
+            self.end_ok, self.end_ok_at = attempt.ok, said
+
+    @property
+    def settled(self) -> bool:
+        """Whether the end step alone decides, so that no other task of the run needs to be read."""
+        return self.end_said() is not None
+
+    def end_said(self, task_ok: Optional[bool] = None) -> Optional[Tuple[bool, int]]:
+        """(ok, ms) once the end step is over, None before and while it is tried again after a failure.
+
+        task_ok: value of the end task's `_task_ok` artifact, wanted only where there is no attempt_ok.
+        """
+        began = -1 if self.end_started_at is None else self.end_started_at
+        if self.end_ok is not None and self.end_ok_at is not None:
+            return None if not self.end_ok and self.end_ok_at < began else (self.end_ok, self.end_ok_at)
+        if self.end_done_at is not None and self.end_done_at >= began:
+            return task_ok is not False, self.end_done_at
+        return None
+
+
+def summarize(tasks: Iterable[Tuple[str, TaskFacts]], end_step: str = "end") -> RunSummary:
+    """The RunSummary of (step name, facts) pairs; end_step: `end`, or what `_parameters` says it is."""
+    summary = RunSummary(end_step)
+    for step_name, facts in tasks:
+        summary.add(step_name, facts)
+    return summary
+
+
+def _attempts_unknown(step_name: str) -> Optional[int]:
+    return None
+
+
+def run_status(
+    created_at: Optional[int],
+    summary: RunSummary,
+    now: int,
+    *,
+    heartbeat: Optional[int] = None,
+    alive: Optional[bool] = None,
+    lost_at: Optional[int] = None,
+    allowed: Callable[[str], Optional[int]] = _attempts_unknown,
+    end_task_ok: Optional[bool] = None,
+    cutoff: float = RUN_CUTOFF,
+    local_cutoff: float = LOCAL_CUTOFF,
+) -> RunStatus:
+    """Status, finish and duration of a run. created_at, now, lost_at in ms; heartbeat and cutoffs in s.
+
+    alive: True = a connection or lease vouches for the run, False = the last one closed, None = not known.
+    lost_at: when it was seen to die. allowed(step): attempts that a step may have (allowed_attempts), None if
+    not known. end_task_ok: see RunSummary.end_said.
+
+    What Metaflow's local runtime does (runtime.py): a failed attempt is followed within seconds by the next
+    one if the step has retries left; else the runtime gives its other tasks 5 s, kills them, and exits. So
+    after a failure without a successor nothing more will come, whatever else looks unfinished.
+
+    The rules, first match wins (the UI backend's SQL; marked + where this goes further):
+    1. the newest attempt_ok of the end step: completed or failed, unless the step was begun again after a
+       failure; + an end step that is done without attempt_ok counts by its `_task_ok`, else as completed.
+    2. + alive: running.
+    3. + seen to die, and neither a task begun nor a heartbeat since (a resume, a retry): failed at once,
+       finished at the later of that moment and the last finish of a task.
+    4. + a task failed its last allowed attempt: failed.
+    5. with heartbeats (run's or tasks'): running while the last sign of life (heartbeat, start or finish of a
+       task) is at most `cutoff` old, FAILED_CUTOFF after a failed task +; else failed.
+    6. + without heartbeats, that is plain local mode, only the disk can tell. A task may compute for hours
+       and write nothing, so while one is unfinished only `local_cutoff` of silence makes the run failed. If
+       none is unfinished, or one has failed, Metaflow would go on within seconds (minutes with slow cards):
+       failed after min(local_cutoff, LOCAL_IDLE_CUTOFF).
+    """
+    said = summary.end_said(end_task_ok)
+    if said is not None:
+        return _run_over(created_at, COMPLETED if said[0] else FAILED, said[1])
+    if alive:
+        return RunStatus(RUNNING, None, elapsed(created_at, now))
+    beat = newest(_to_ms(heartbeat), _to_ms(summary.heartbeat))
+    if alive is False or lost_at is not None:
+        since = newest(summary.last_start, beat)
+        if lost_at is None or since is None or since <= lost_at:
+            gone = lost_at if lost_at is not None else newest(beat, summary.last_event, created_at)
+            return _run_over(created_at, FAILED, newest(gone, summary.last_finish))
+    for failure in summary.failures:
+        limit = allowed(failure.step)
+        if limit is not None and failure.attempt + 1 >= limit:
+            return _run_over(created_at, FAILED, summary.last_finish)
+    sign, end, silence = _last_sign(created_at, summary, beat, cutoff, local_cutoff)
+    if sign is None or now - sign <= silence * 1000:
+        return RunStatus(RUNNING, None, elapsed(created_at, now))
+    return _run_over(created_at, FAILED, end)
+
+
+def _last_sign(
+    created_at: Optional[int], summary: RunSummary, beat: Optional[int], cutoff: float, local_cutoff: float
+) -> Tuple[Optional[int], Optional[int], float]:
+    """(last sign of life, finish if that was all, s of silence that a living run may have): rules 5 and 6."""
+    if beat is not None:
+        silence = min(cutoff, FAILED_CUTOFF) if summary.failures else cutoff
+        return newest(beat, summary.last_event, created_at), newest(beat, summary.last_finish), silence
+    sign = newest(summary.last_event, summary.changed_at, created_at)
+    if not summary.failures and summary.unfinished:
+        return sign, sign, local_cutoff
+    end = sign if summary.last_finish is None else summary.last_finish
+    return sign, end, min(local_cutoff, LOCAL_IDLE_CUTOFF)
+
+
+def _run_over(created_at: Optional[int], status: str, finished: Optional[int]) -> RunStatus:
+    if finished is not None and created_at is not None:
+        finished = max(finished, created_at)
+    return RunStatus(status, finished, elapsed(created_at, finished))
+
+
+def allowed_attempts(decorators: Sequence[Mapping[str, Any]]) -> Optional[int]:
+    """How many attempts a step may have, from its `decorators` in `_graph_info`; None when that is not sure.
+
+    `@retry` adds its `times`, `@catch` its fallbacks. A decorator that Metaflow itself does not bring may add
+    some too: not sure.
+    """
+    retries = fallbacks = 0
+    for decorator in decorators:
+        name = decorator.get("name")
+        if name == "retry":
+            times = (decorator.get("attributes") or {}).get("times", 3)
+            try:
+                retries = max(retries, int(times))
+            except (TypeError, ValueError):
+                return None
+        elif name == "catch":
+            fallbacks = FALLBACK_ATTEMPTS
+        elif name not in _NO_RETRIES:
+            return None
+    return min(1 + retries + fallbacks, MAX_TASK_ATTEMPTS)
+
+
+def step_duration(
+    created_at: Optional[int],
+    tasks: Iterable[TaskFacts],
+    now: int,
+    *,
+    running: bool = False,
+    old: float = LOCAL_CUTOFF,
+) -> Optional[int]:
+    """ms that a step took so far, never negative; created_at and now in ms, `old` in s.
+
+    running: one of its attempts runs, so the step still counts (better than the real service, which takes the
+    last heartbeat). Else the time to the latest finish, loss or heartbeat of its tasks; if there is none the
+    time until now, and None once the step is older than `old`.
+    """
+    if created_at is None or running:
+        return elapsed(created_at, now)
+    last: Optional[int] = None
+    for facts in tasks:
+        last = newest(last, _to_ms(facts.heartbeat))
+        for attempt in facts.attempts.values():
+            last = newest(last, finish_of(attempt), attempt.lost_at)
+    if last is None:
+        return None if now - created_at > old * 1000 else elapsed(created_at, now)
+    return elapsed(created_at, last)
+
+
+# ---- 6. Query: filters, tags, order, groups, pages and cursors ----
+PAGE_LIMIT, MAX_PAGE_LIMIT = 10, 1000  # rows (or groups) of a UI page, as the UI backend has them
+GROUP_LIMIT, MAX_GROUP_LIMIT = 10, 1000  # rows per group, likewise
+CURSOR_LIMIT, MAX_CURSOR_LIMIT = 50, 500  # rows of a metadata API page, as the metadata service has them
+MAX_FILTER_VALUES = 1000  # values of one filter: a URL of 8 KiB holds no more useful ones
+MAX_LIKE = 1000  # characters of a value with wildcards
+MAX_PATTERN_NODES = 400  # states of a client's regular expression, after x{m,n} is written out
+MAX_PATTERN_TEXT = 100_000  # characters of a text that a regular expression looks at
+MAX_PATTERN_WORK = 200_000  # states visited for one text (about 0.1 s); met only by hostile patterns
+MAX_PATTERN_CACHE = 20_000  # transitions kept per pattern (about 2 MiB)
+
+Row = Mapping[str, Any]
+Args = Sequence[Tuple[str, str]]
+Predicate = Callable[[Row], bool]
+Order = Sequence[Tuple[str, bool]]  # (column, descending)
+
+
+def _columns(text: str, numbers: str) -> Dict[str, str]:
+    """column -> kind: str, int, json (a list of tags); also bool, status (str whose values are checked)."""
+    kinds = dict.fromkeys(text.split(), "str")
+    kinds.update(dict.fromkeys(numbers.split(), "int"))
+    kinds.update(tags="json", system_tags="json")
+    return kinds
+
+
+# What may be filtered, ordered and grouped by, per kind of row: every key of it.
+UI_COLUMNS = {
+    "flows": _columns("flow_id user_name", "ts_epoch"),
+    "runs": _columns(
+        "flow_id run_id user_name user run status",
+        "run_number ts_epoch finished_at duration last_heartbeat_ts",
+    ),
+    "steps": _columns("flow_id run_id step_name user_name", "run_number ts_epoch duration"),
+    "tasks": _columns(
+        "flow_id run_id step_name task_name user_name status task_ok foreach_label",
+        "run_number task_id attempt_id ts_epoch started_at finished_at duration last_heartbeat_ts",
+    ),
+    "metadata": _columns(
+        "flow_id run_id step_name task_name field_name value type user_name",
+        "id run_number task_id attempt_id ts_epoch",
+    ),
+    "artifacts": _columns(
+        "flow_id run_id step_name task_name name location ds_type sha type content_type user_name",
+        "run_number task_id attempt_id ts_epoch",
+    ),
+}
+SERVICE_RUN_COLUMNS = _columns("flow_id run_id user_name user", "run_number ts_epoch last_heartbeat_ts")
+SERVICE_RUN_COLUMNS["status"] = "status"
+SERVICE_TASK_COLUMNS = _columns("task_name user_name", "task_id ts_epoch last_heartbeat_ts")
+del SERVICE_TASK_COLUMNS["tags"], SERVICE_TASK_COLUMNS["system_tags"]  # a task carries its run's
+# Computed columns: the UI backend ignores them as a group.
+NOT_GROUPED = frozenset(
+    ("run", "status", "finished_at", "duration", "started_at", "attempt_id", "task_ok", "foreach_label")
+)
+# Problems whose detail the metadata API sends as a bare JSON string, as the real service does.
+PLAIN_TEXT_PROBLEMS = frozenset(("invalid-filter", "invalid-cursor", "invalid-limit"))
+
+_STATUSES = frozenset(("running", "completed", "failed"))
+_OPERATORS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "co", "sw", "ew", "li", "is"))
+_EPOCHS = frozenset(("ts_epoch", "last_heartbeat_ts"))
+_INTEGER = re.compile(r"\s*[+-]?[0-9]{1,19}\s*", re.ASCII)
+_INT8 = 2**63
+_COMPARE: Dict[str, Callable[[Any, Any], bool]] = {
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
+    "ge": operator.ge,
+}  # fmt: skip
+
+
+def _bad_filter(detail: str) -> Problem:
+    return Problem(400, detail, id="invalid-filter")
+
+
+def first_arg(args: Args, name: str) -> Optional[str]:
+    """The first value of a query parameter (what the real services read when one is repeated), or None."""
+    for key, value in args:
+        if key == name:
+            return value
+    return None
+
+
+# Patterns. LIKE and regular expressions come from clients and run on the event loop, so neither may
+# backtrack: LIKE is cut at its % into pieces of fixed length that are looked for from left to right, and
+# regular expressions are run as an automaton whose work grows with the text only.
+
+
+def like_matcher(pattern: str, *, ignore_case: bool = True) -> Callable[[str], bool]:
+    """A test for SQL LIKE (ILIKE): % any text, _ one character, backslash quotes the next one.
+
+    Raises Problem 400 for patterns over MAX_LIKE characters.
+    """
+    if len(pattern) > MAX_LIKE:
+        raise _bad_filter("a filter value may have at most %d characters" % MAX_LIKE)
+    pieces = _like_pieces(pattern.lower() if ignore_case else pattern)
+    finders = [_finder(piece) for piece in pieces]
+    sizes = [len(piece) for piece in pieces]
+
+    def matches_like(text: str) -> bool:
+        if ignore_case:
+            text = text.lower()
+        end = len(text)
+        if len(sizes) == 1:
+            return sizes[0] == end and finders[0](text, 0) == 0
+        at, end = sizes[0], end - sizes[-1]
+        if end < at or finders[0](text, 0) != 0 or finders[-1](text, end) != end:
+            return False
+        for size, find in zip(sizes[1:-1], finders[1:-1]):
+            found = find(text, at)
+            if found < 0 or found + size > end:
+                return False
+            at = found + size
+        return True
+
+    return matches_like
+
+
+def _like_pieces(pattern: str) -> List[List[str]]:
+    """The pieces between %; a piece is a list of characters, "" for any one."""
+    pieces: List[List[str]] = [[]]
+    quoted = False
+    for index, char in enumerate(pattern):
+        if quoted or char not in "%_\\" or (char == "\\" and index == len(pattern) - 1):
+            pieces[-1].append(char)
+            quoted = False
+        elif char == "%":
+            pieces.append([])
+        elif char == "_":
+            pieces[-1].append("")
+        else:
+            quoted = True
+    return pieces[:1] + [p for p in pieces[1:-1] if p] + pieces[1:][-1:]
+
+
+def _finder(piece: List[str]) -> Callable[[str, int], int]:
+    """find(text, start) -> index of the leftmost place of the piece, -1 if there is none."""
+    if "" not in piece:
+        plain = "".join(piece)
+        return lambda text, start: text.find(plain, start)
+    search = re.compile("".join(re.escape(c) if c else "." for c in piece), re.DOTALL).search
+
+    def find(text: str, start: int) -> int:
+        found = search(text, start)
+        return -1 if found is None else found.start()
+
+    return find
+
+
+_RE_PACKAGE = sys.version_info >= (3, 11)
+_re_parser: Any = importlib.import_module("re._parser" if _RE_PACKAGE else "sre_parse")
+_re_compiler: Any = importlib.import_module("re._compiler" if _RE_PACKAGE else "sre_compile")
+_LEAVES = frozenset(("LITERAL", "NOT_LITERAL", "ANY", "IN"))
+_SPECIAL = frozenset("\\.^$*+?{}[]()|")
+_ALPHABETS = re.ASCII | re.UNICODE  # (?a:...) and (?u:...) replace one another
+
+
+class _Unsupported(Exception):
+    """A regular expression that the automaton cannot run: look-around, back references, too many states."""
+
+
+class _PatternState(Dict[str, "_PatternState"]):
+    """One state of the lazily built automaton: character -> next state."""
+
+    __slots__ = ("kernel", "before")
+    kernel: FrozenSet[int]
+    before: str
+
+
+class _Automaton:
+    """Runs a parsed regular expression in time proportional to the text, whatever the pattern.
+
+    Nodes of the nondeterministic machine: ("char", test, next), ("split", [next...]), ("at", where, next),
+    ("accept",). Which set of nodes follows which is worked out on first use and remembered per character.
+    """
+
+    def __init__(self, tree: Any, search: bool) -> None:
+        self._nodes: List[Tuple[Any, ...]] = [("accept",)]
+        self._has_places = False
+        self._search = search
+        self._begin = self._sequence(tree, int(tree.state.flags), 0)
+        self._yes, self._no = _PatternState(), _PatternState()
+        self._work = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._states: Dict[Tuple[FrozenSet[int], str], _PatternState] = {}
+        self._kept = 0
+        self._start = self._state(frozenset((self._begin,)), "start")
+
+    def _node(self, *node: Any) -> int:
+        if len(self._nodes) >= MAX_PATTERN_NODES:
+            raise _Unsupported()
+        self._nodes.append(node)
+        return len(self._nodes) - 1
+
+    def _sequence(self, tree: Any, flags: int, after: int) -> int:
+        for op, value in reversed(list(tree)):
+            after = self._item(op.name, op, value, flags, after)
+        return after
+
+    def _item(self, name: str, op: Any, value: Any, flags: int, after: int) -> int:
+        if name in _LEAVES:
+            return self._node("char", _char_test(op, value, flags), after)
+        if name == "AT":
+            self._has_places = True
+            return self._node("at", _place_test(value.name, flags), after)
+        if name == "SUBPATTERN":
+            _, add, remove, tree = value
+            kept = flags & ~_ALPHABETS if add & _ALPHABETS else flags
+            return self._sequence(tree, (kept | add) & ~remove, after)
+        if name == "BRANCH":
+            return self._node("split", [self._sequence(tree, flags, after) for tree in value[1]])
+        if name in ("MAX_REPEAT", "MIN_REPEAT"):
+            return self._repeat(value, flags, after)
+        raise _Unsupported()
+
+    def _repeat(self, value: Any, flags: int, after: int) -> int:
+        least, most, tree = value
+        if most == _re_parser.MAXREPEAT:
+            loop = self._node("split", [after])
+            self._nodes[loop][1].append(self._sequence(tree, flags, loop))
+            after = loop
+        else:
+            done = after
+            for _ in range(most - least):
+                after = self._node("split", [done, self._sequence(tree, flags, after)])
+        for _ in range(least):
+            body = self._sequence(tree, flags, after)
+            if body == after:
+                break  # an empty body: (?:){1000000000}
+            after = body
+        return after
+
+    def _state(self, kernel: FrozenSet[int], before: str) -> _PatternState:
+        found = self._states.get((kernel, before))
+        if found is None:
+            found = self._states[kernel, before] = _PatternState()
+            found.kernel, found.before = kernel, before
+        return found
+
+    def _step(self, state: _PatternState, char: str, last: bool) -> _PatternState:
+        """The state after `char` ("" = the text is over; last: it is the final newline)."""
+        if self._kept >= MAX_PATTERN_CACHE:
+            self._forget()
+        following: Set[int] = set()
+        todo, seen = list(state.kernel), set(state.kernel)
+        result: Optional[_PatternState] = None
+        while todo:
+            self._work += 1
+            node = self._nodes[todo.pop()]
+            kind = node[0]
+            if kind == "accept":
+                result = self._yes
+                break
+            if kind == "char":
+                if char and node[1](char):
+                    following.add(node[2])
+                continue
+            if kind == "at" and not node[1](state.before, char, last):
+                continue
+            for number in node[1] if kind == "split" else node[2:]:
+                if number not in seen:
+                    seen.add(number)
+                    todo.append(number)
+        if self._work > MAX_PATTERN_WORK:
+            raise _bad_filter("this pattern takes too long")
+        if result is None:
+            if self._search:
+                following.add(self._begin)
+            before = _kind_of(char) if self._has_places else " "
+            result = self._state(frozenset(following), before) if following and char else self._no
+        state[char + "$" if last else char] = result
+        self._kept += 1
+        return result
+
+    def __call__(self, text: str) -> bool:
+        self._work = 0
+        state, yes, no = self._start, self._yes, self._no
+        text = text[:MAX_PATTERN_TEXT]
+        newline = text.endswith("\n")
+        for char in text[:-1] if newline else text:
+            following = state.get(char)
+            if following is None:
+                following = self._step(state, char, False)
+            if following is yes:
+                return True
+            if following is no:
+                return False
+            state = following
+        for key in ("\n$", "") if newline else ("",):
+            following = state.get(key)
+            if following is None:
+                following = self._step(state, key[:1], bool(key))
+            if following is yes or following is no:
+                break
+            state = following
+        return following is yes
+
+
+def _kind_of(char: str) -> str:
+    """A stand-in for a character, the same for all that ^ $ and \\b cannot tell apart (fewer states)."""
+    if char == "_" or char.isalnum():
+        return "a" if char.isascii() else "\u00e9"
+    return "\n" if char == "\n" else " "
+
+
+def _char_test(op: Any, value: Any, flags: int) -> Callable[[str], bool]:
+    """Whether one character fits a leaf of the pattern, decided by `re` itself and remembered."""
+    state = (_re_parser.State if hasattr(_re_parser, "State") else _re_parser.Pattern)()
+    state.flags = flags
+    match = _re_compiler.compile(_re_parser.SubPattern(state, [(op, value)]), flags).match
+    known: Dict[str, bool] = {}
+
+    def test(char: str) -> bool:
+        found = known.get(char)
+        if found is None:
+            found = match(char) is not None
+            if len(known) < 256:
+                known[char] = found
+        return found
+
+    return test
+
+
+def _place_test(name: str, flags: int) -> Callable[[str, str, bool], bool]:
+    """A test for ^ $ \\A \\Z \\b \\B: (before or "start", character after or "", is it the last newline)."""
+    lines, ascii_only = bool(flags & re.MULTILINE), bool(flags & re.ASCII)
+
+    def word(char: str) -> bool:
+        return len(char) == 1 and (char == "_" or (char.isalnum() and (char.isascii() or not ascii_only)))
+
+    if name in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
+        lines = lines and name == "AT_BEGINNING"
+        return lambda before, after, last: before == "start" or (lines and before == "\n")
+    if name == "AT_END":
+        return lambda before, after, last: not after or last or (lines and after == "\n")
+    if name == "AT_END_STRING":
+        return lambda before, after, last: not after
+    if name not in ("AT_BOUNDARY", "AT_NON_BOUNDARY"):
+        raise _Unsupported()
+    return lambda before, after, last: (word(before) != word(after)) == (name == "AT_BOUNDARY")
+
+
+def _parse_pattern(pattern: str) -> Any:
+    if len(pattern) > MAX_PATTERN:
+        raise _bad_filter("a pattern may have at most %d characters" % MAX_PATTERN)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _re_parser.parse(pattern)
+    except (re.error, OverflowError, RecursionError, ValueError) as error:
+        raise _bad_filter("invalid pattern: %s" % (error or type(error).__name__)) from None
+
+
+def is_harmless_pattern(pattern: str) -> bool:
+    """Whether compile_pattern takes a client's regular expression: it then runs in time linear in the text.
+
+    Not harmless are look-around, back references, conditionals, atomic groups, and patterns that come to
+    more than MAX_PATTERN_NODES states. Raises Problem 400 for an invalid or too long one.
+    """
+    try:
+        _Automaton(_parse_pattern(pattern), True)
+    except (_Unsupported, RecursionError):
+        return False
+    return True
+
+
+def compile_pattern(pattern: str, *, search: bool = False) -> Callable[[str], bool]:
+    """A test text -> bool for a client's regular expression (Python syntax) that can never hang.
+
+    search: anywhere in the text (PostgreSQL's ~, for filtered_tasks); else from its beginning (`re.match`,
+    for the operator `re`). Texts are looked at up to MAX_PATTERN_TEXT characters. Raises Problem 400 for a
+    pattern that is invalid, too long or not harmless; the test itself for one that takes too long.
+    """
+    tree = _parse_pattern(pattern)
+    if not _SPECIAL.intersection(pattern):
+        return (lambda text: pattern in text) if search else (lambda text: text.startswith(pattern))
+    try:
+        return _Automaton(tree, search)
+    except (_Unsupported, RecursionError):
+        raise _bad_filter("this pattern is too complicated to be run here") from None
+
+
+# Filters.
+
+
+class Filters(List[Predicate]):
+    """Predicates on rows, all of which must hold; `columns` are the ones they look at."""
+
+    def __init__(self, predicates: Iterable[Predicate] = (), columns: Iterable[str] = ()) -> None:
+        super().__init__(predicates)
+        self.columns = frozenset(columns)
+
+
+def parse_filters(args: Args, columns: Mapping[str, str], *, strict: bool = False, tags: bool = True) -> Filters:
+    """The filters among query parameters, compiled: `field[:op]=v1,v2` (comma = or) and `_tags[:how]=a,b`.
+
+    columns: column -> kind (see UI_COLUMNS). Filters on other columns and other `_x` are ignored. A row
+    passes when all filters hold; a null in it fits no value but `null` (which means IS NULL whatever the
+    operator). eq ne lt le gt ge compare (text by code point), co sw ew li are ILIKE, `re` is `re.match`,
+    `is` takes only null. On tag lists: one of the tags fits (ne: none equals), or eq a whole JSON list.
+
+    strict is the metadata API's flavour: an unknown operator (there is no `re`), an unknown status, and text
+    operators on numbers are refused; it is not empty exactly when the real service would begin to page.
+    The UI's flavour ignores unknown operators and takes text operators on numbers. Raises Problem 400 (id
+    "invalid-filter") for values that do not fit their column, where the real services answer 500.
+    """
+    found: List[Predicate] = []
+    used: Set[str] = set()
+    for key, value in args:
+        field, _, op = key.partition(":")
+        if field.startswith("_"):
+            if field == "_tags" and tags:
+                found.append(_tag_predicate(op, value))
+                used.update(("tags", "system_tags"))
+            continue
+        kind = columns.get(field)
+        if kind is None:
+            continue
+        op = op if ":" in key else "eq"
+        if op not in _OPERATORS and (strict or op != "re"):
+            if strict:
+                raise _bad_filter("unsupported operator '%s' for field '%s'" % (op, field))
+            continue
+        found.append(_predicate(field, op, value, kind, strict))
+        used.add(field)
+    return Filters(found, used)
+
+
+def matches(row: Row, filters: Sequence[Predicate]) -> bool:
+    """Whether a row passes all filters."""
+    return all([predicate(row) for predicate in filters])
+
+
+def filter_rows(rows: Iterable[Row], filters: Sequence[Predicate]) -> List[Row]:
+    """The rows that pass, in order. Rows are judged one by one, so a long list may be given in slices."""
+    kept = rows if isinstance(rows, list) else list(rows)
+    for predicate in filters:
+        kept = [row for row in kept if predicate(row)]
+    return list(kept) if kept is rows else kept
+
+
+def _predicate(field: str, op: str, text: str, kind: str, strict: bool) -> Predicate:
+    if "\0" in text:
+        raise _bad_filter("the value of '%s' has a NUL character" % field)
+    values = text.split(",")
+    if len(values) > MAX_FILTER_VALUES:
+        raise _bad_filter("a filter may have at most %d values" % MAX_FILTER_VALUES)
+    with_null = "null" in values
+    values = [value for value in values if value != "null"]
+    if kind == "json":
+        tests = _list_tests(op, values, text)
+    elif op == "eq" and kind != "bool":
+        return _one_of(field, values, kind, with_null, strict)
+    else:
+        tests = [_value_test(field, op, value, kind, strict) for value in values]
+    if len(tests) == 1 and not with_null:
+        test = tests[0]
+
+        def one(row: Row) -> bool:
+            value = row.get(field)
+            return value is not None and test(value)
+
+        return one
+
+    def any_of(row: Row) -> bool:
+        value = row.get(field)
+        return with_null if value is None else any([test(value) for test in tests])
+
+    return any_of
+
+
+def _one_of(field: str, values: List[str], kind: str, with_null: bool, strict: bool) -> Predicate:
+    """Equality by one look-up; ids are numbers in one answer and text in another, so both are looked for."""
+    wanted: Set[Any] = {None} if with_null else set()
+    for value in values:
+        if kind == "int":
+            number = _filter_int(field, value, strict)
+            wanted.update((number, str(number)))
+        else:
+            _check_status(value, kind, strict)
+            wanted.add(value)
+            if value.isascii() and value.isdigit() and (value[0] != "0" or value == "0") and len(value) < 20:
+                wanted.add(int(value))
+
+    def one_of(row: Row) -> bool:
+        try:
+            return row.get(field) in wanted
+        except TypeError:  # a value that is a list, as foreach-stack may be
+            return str(row.get(field)) in wanted
+
+    return one_of
+
+
+def _check_status(value: str, kind: str, strict: bool) -> None:
+    if strict and kind == "status" and value not in _STATUSES:
+        raise _bad_filter("unsupported status filter: %s" % value)
+
+
+def _filter_int(field: str, text: str, strict: bool) -> int:
+    if not _INTEGER.fullmatch(text) or not -_INT8 <= int(text) < _INT8:
+        epoch = strict and field in _EPOCHS
+        what = "integer epoch milliseconds" if epoch else "an integer of at most 64 bits"
+        raise _bad_filter("invalid %s: expected %s, got '%s'" % (field, what, text))
+    return int(text)
+
+
+def _value_test(field: str, op: str, value: str, kind: str, strict: bool) -> Callable[[Any], bool]:
+    """A test for one value of a filter on what a row holds (never None)."""
+    _check_status(value, kind, strict)
+    if kind == "bool":
+        return _bool_test(field, op, value)
+    if op == "is":
+        raise _bad_filter("%s:is takes only null, not '%s'" % (field, value))
+    if op in _COMPARE:
+        compare = _COMPARE[op]
+        if kind != "int":
+            return lambda found: compare(str(found), value)
+        return _number_test(op, compare, _filter_int(field, value, strict))
+    if kind == "int" and strict:
+        if field in _EPOCHS:
+            _filter_int(field, value, strict)
+        raise _bad_filter("unsupported operator '%s' for field '%s', a number" % (op, field))
+    test = _text_test(op, value)
+    return lambda found: test(str(found))
+
+
+def _number_test(op: str, compare: Callable[[Any, Any], bool], wanted: int) -> Callable[[Any], bool]:
+    def test(found: Any) -> bool:
+        if not isinstance(found, int):
+            if not (isinstance(found, str) and _INTEGER.fullmatch(found)):
+                return op == "ne"  # an id that is text: not equal to any number, and neither more nor less
+            found = int(found)
+        return compare(found, wanted)
+
+    return test
+
+
+def _bool_test(field: str, op: str, value: str) -> Callable[[Any], bool]:
+    word = value.strip().lower()
+    if op not in ("eq", "ne", "is") or word not in ("true", "t", "1", "false", "f", "0"):
+        raise _bad_filter("invalid %s: expected true or false, got '%s'" % (field, value))
+    wanted = (word in ("true", "t", "1")) == (op != "ne")
+    return lambda found: bool(found) == wanted
+
+
+def _text_test(op: str, value: str) -> Callable[[str], bool]:
+    """co, sw, ew, li (ILIKE) and re."""
+    if op == "re":
+        return compile_pattern(value)
+    if op == "co" and not set("%_\\").intersection(value):
+        if len(value) > MAX_LIKE:
+            raise _bad_filter("a filter value may have at most %d characters" % MAX_LIKE)
+        lower = value.lower()
+        return lambda text: lower in text.lower()
+    return like_matcher({"co": "%{}%", "sw": "{}%", "ew": "%{}", "li": "{}"}[op].format(value))
+
+
+def _list_tests(op: str, values: List[str], text: str) -> List[Callable[[Any], bool]]:
+    """Tests for a column that holds a list of tags."""
+    if op in ("eq", "ne") and text.startswith("["):
+        try:
+            whole = loads(text.encode())
+            wanted = sorted(map(str, whole))
+        except (Problem, TypeError):
+            raise _bad_filter("not a JSON list: '%s'" % text) from None
+        return [lambda tags: (sorted(map(str, tags)) == wanted) == (op == "eq")]
+    if op == "is" and values:
+        raise _bad_filter("is takes only null, not '%s'" % values[0])
+    if op in ("eq", "ne"):
+        return [_tag_test(value, op == "eq") for value in values]
+    return [_any_test(_value_test("tags", op, value, "str", False)) for value in values]
+
+
+def _tag_test(tag: str, there: bool) -> Callable[[Any], bool]:
+    return lambda tags: (tag in tags) == there
+
+
+def _any_test(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda tags: any([test(tag) for tag in tags])
+
+
+def _tag_predicate(how: str, text: str) -> Predicate:
+    """`_tags`: over tags and system_tags together; all (also for an unknown `how`) or any, exact or LIKE."""
+    if "\0" in text:
+        raise _bad_filter("the value of '_tags' has a NUL character")
+    values = text.split(",")
+    if len(values) > MAX_FILTER_VALUES:
+        raise _bad_filter("a filter may have at most %d values" % MAX_FILTER_VALUES)
+    joiner: Callable[[Iterable[object]], bool] = any if how in ("any", "likeany") else all
+    if how in ("likeany", "likeall"):
+        tests = [like_matcher("%" + value + "%", ignore_case=False) for value in values]
+
+        def like(row: Row) -> bool:
+            tags, system_tags = row.get("tags") or (), row.get("system_tags") or ()
+            written = '["%s"]["%s"]' % ('", "'.join(tags), '", "'.join(system_tags))
+            return joiner([test(written) for test in tests])
+
+        return like
+
+    def exact(row: Row) -> bool:
+        tags, system_tags = row.get("tags") or (), row.get("system_tags") or ()
+        return joiner([value in tags or value in system_tags for value in values])
+
+    return exact
+
+
+# Order, groups, pages.
+
+
+class ListQuery(NamedTuple):
+    """A parsed list request of the UI. limit 0 = all; `columns` = what filters, order and groups look at."""
+
+    filters: Filters
+    order: Order
+    groups: List[str]
+    group_limit: int
+    page: int
+    limit: int
+    columns: FrozenSet[str]
+
+
+def parse_list_query(
+    args: Args,
+    columns: Mapping[str, str],
+    *,
+    first: Order = (),
+    default_limit: int = PAGE_LIMIT,
+    max_limit: int = MAX_PAGE_LIMIT,
+) -> ListQuery:
+    """All of `field[:op]`, `_tags`, `_order`, `_group`, `_group_limit`, `_page`, `_limit` for a UI list.
+
+    first: order that comes before the requested one ([("attempt_id", True)] for artifacts, attempts and a
+    step's tasks). Raises Problem 400 for bad filter values; everything else that is wrong gets its default.
+    """
+    filters = parse_filters(args, columns)
+    order = parse_order(args, columns, first=first)
+    groups = [
+        name
+        for name in (first_arg(args, "_group") or "").split(",")
+        if columns.get(name, "json") != "json" and name not in NOT_GROUPED
+    ]
+    page, limit = parse_page(args, default_limit=default_limit, max_limit=max_limit)
+    group_limit = _limit_of(first_arg(args, "_group_limit"), GROUP_LIMIT, MAX_GROUP_LIMIT)
+    used = filters.columns.union(groups, [column for column, _ in order])
+    return ListQuery(filters, order, groups, group_limit, page, limit, frozenset(used))
+
+
+def parse_order(args: Args, columns: Collection[str], *, first: Order = ()) -> Order:
+    """`_order=+a,-b,c`: + (or the space that an unescaped + becomes) ascending, - or no sign descending.
+
+    Unknown columns are ignored. `first` is put in front.
+    """
+    order = list(first)
+    for item in (first_arg(args, "_order") or "").split(","):
+        column = item[1:] if item[:1] in ("+", "-", " ") else item
+        if column in columns:
+            order.append((column, item[:1] not in ("+", " ")))
+    return order
+
+
+def parse_page(args: Args, *, default_limit: int = PAGE_LIMIT, max_limit: int = MAX_PAGE_LIMIT) -> Tuple[int, int]:
+    """(page from 1, limit with 0 = all) of `_page` and `_limit`; junk and negative values get the default."""
+    page = _whole_number(first_arg(args, "_page"))
+    return max(page or 1, 1), _limit_of(first_arg(args, "_limit"), default_limit, max_limit)
+
+
+def _whole_number(text: Optional[str]) -> Optional[int]:
+    return int(text) if text is not None and _INTEGER.fullmatch(text) else None
+
+
+def _limit_of(text: Optional[str], default: int, most: int) -> int:
+    number = _whole_number(text)
+    return default if number is None or number < 0 else min(number, most)
+
+
+def _sort_key(rows: Sequence[Row], column: str) -> Callable[[Row], Any]:
+    """A key for one column: numbers before text before null, as PostgreSQL has it (null is the largest)."""
+    kinds = {type(row.get(column)) for row in rows}
+    if kinds <= {int} or kinds <= {str}:
+        return operator.itemgetter(column)
+
+    def key(row: Row) -> Tuple[int, Any]:
+        value = row.get(column)
+        if value is None:
+            return 3, 0
+        if isinstance(value, (int, float)):
+            return 0, value
+        return (1, value) if isinstance(value, str) else (2, str(value))
+
+    return key
+
+
+def sort_rows(rows: Sequence[Row], order: Order, top: Optional[int] = None) -> List[Row]:
+    """Rows in the requested order, the first `top` of them (None = all).
+
+    Rows come in their default order, newest first, and keep it where the order does not tell them apart; only
+    under a leading ascending ts_epoch do equals come oldest first. Null is the largest value: last when
+    ascending, first when descending (what has not finished is the newest).
+    """
+    if not order:
+        return list(rows[:top])
+    column, descending = order[0]
+    if not descending and column == "ts_epoch":
+        rows = rows[::-1]
+    if len(order) == 1 and top is not None and top * 4 < len(rows):
+        pick = heapq.nlargest if descending else heapq.nsmallest
+        return pick(top, rows, key=_sort_key(rows, column))
+    ordered = list(rows)
+    for column, descending in reversed(order):
+        ordered.sort(key=_sort_key(ordered, column), reverse=descending)
+    return ordered[:top]
+
+
+def arrange(rows: Sequence[Row], query: ListQuery) -> Tuple[List[Row], bool]:
+    """(the rows of the requested page, whether more follow) of rows that passed the filters, newest first.
+
+    With groups a page is `limit` groups of at most `group_limit` rows each; see group_rows.
+    """
+    if query.groups:
+        return group_rows(rows, query)
+    if not query.limit:
+        return (sort_rows(rows, query.order) if query.page == 1 else []), False
+    begin = (query.page - 1) * query.limit
+    end = begin + query.limit
+    if begin >= len(rows):
+        return [], False
+    return sort_rows(rows, query.order, end)[begin:end], end < len(rows)
+
+
+def group_rows(rows: Sequence[Row], query: ListQuery) -> Tuple[List[Row], bool]:
+    """One page of groups, one after the other, each in the requested order and cut at group_limit (0 = not).
+
+    Groups come by their columns, ascending unless `_order` names the column with another direction; rows
+    where it is null make a group of their own, the last (the real service loses them).
+    """
+    members: Dict[Tuple[Any, ...], List[Row]] = {}
+    columns = query.groups
+    for row in rows:
+        members.setdefault(tuple([row.get(column) for column in columns]), []).append(row)
+    labels: List[Row] = [dict(zip(columns, label)) for label in members]
+    directions = dict(reversed(query.order))
+    for column in reversed(columns):
+        known = [label for label in labels if label[column] is not None]
+        known.sort(key=_sort_key(known, column), reverse=directions.get(column, False))
+        labels = known + [label for label in labels if label[column] is None]
+    begin = (query.page - 1) * query.limit
+    end = begin + query.limit if query.limit else len(labels)
+    if not query.limit and query.page > 1:
+        return [], False
+    picked: List[Row] = []
+    for label in labels[begin:end]:
+        group = members[tuple([label[column] for column in columns])]
+        picked += sort_rows(group, query.order, query.group_limit or None)
+    return picked, end < len(labels)
+
+
+# Answers.
+
+_SCHEMES = frozenset(("http", "https"))
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+
+
+def base_url(headers: Mapping[str, str], default_scheme: str = "http") -> str:
+    """scheme://host[:port] under which the client reached us; headers by lower-case name.
+
+    The first of X-Forwarded-Proto and X-Forwarded-Host counts where it is well formed, else Host.
+    """
+    scheme = headers.get("x-forwarded-proto", "").split(",")[0].strip().lower()
+    if scheme not in _SCHEMES:
+        scheme = default_scheme
+    for name in ("x-forwarded-host", "host"):
+        host = headers.get(name, "").split(",")[0].strip()
+        if _HOST.fullmatch(host):
+            return "%s://%s" % (scheme, host)
+    return "%s://localhost" % scheme
+
+
+def _page_link(base: str, path: str, args: Args, page: Optional[int] = None) -> str:
+    """The absolute URL of this request, all parameters kept, with another `_page`."""
+    pairs = list(args)
+    if page is not None:
+        places = [index for index, (key, _) in enumerate(pairs) if key == "_page"]
+        if places:
+            pairs[places[0]] = ("_page", str(page))
+            pairs = [pair for index, pair in enumerate(pairs) if index not in places[1:]]
+        else:
+            pairs.append(("_page", str(page)))
+    query = "&".join(["%s=%s" % (_quote_query(key), _quote_query(value)) for key, value in pairs])
+    return "%s%s%s" % (base, path, "?" + query if query else "")
+
+
+def _quote_query(text: str) -> str:
+    return quote(text, safe=":,-._~*@/!$'()", errors="surrogatepass")
+
+
+def _query_echo(args: Args) -> Dict[str, str]:
+    echo: Dict[str, str] = {}
+    for key, value in args:
+        echo.setdefault(key, value)
+    return echo
+
+
+def envelope(
+    data: Any,
+    base: str,
+    path: str,
+    args: Args,
+    *,
+    page: int = 1,
+    has_more: bool = False,
+    last_page: Optional[int] = None,
+    status: int = 200,
+) -> Dict[str, Any]:
+    """The UI's envelope of a list: data, status, links, pages, query.
+
+    base: base_url(headers); path: the request's path as it came, still quoted. links.next is null exactly
+    when has_more is false: the UI asks on for ever otherwise. last_page: where the number of pages is known.
+    """
+    numbers: Dict[str, Optional[int]] = {
+        "self": page,
+        "first": 1,
+        "prev": max(page - 1, 1),
+        "next": page + 1 if has_more else None,
+        "last": last_page,
+    }
+    links = {
+        name: _page_link(base, path, args, number) if number is not None else None for name, number in numbers.items()
+    }
+    links["self"] = _page_link(base, path, args)
+    return {"data": data, "status": status, "links": links, "pages": numbers, "query": _query_echo(args)}
+
+
+def envelope_one(data: Any, base: str, path: str, args: Args, *, status: int = 200) -> Dict[str, Any]:
+    """The UI's envelope of a single object: data, status, links.self, query."""
+    links = {"self": _page_link(base, path, args)}
+    return {"data": data, "status": status, "links": links, "query": _query_echo(args)}
+
+
+def wants_cursor(args: Args) -> bool:
+    """Whether a metadata API request asks for paging (`_limit` or `_cursor`, even empty)."""
+    return any([key in ("_limit", "_cursor") for key, _ in args])
+
+
+def cursor_page(
+    rows: Sequence[Row], args: Args, key_fields: Sequence[str], *, always: bool = False
+) -> Tuple[List[Row], Dict[str, str]]:
+    """(rows of the page, headers X-Limit and X-Next-Cursor) for the metadata API's paging.
+
+    key_fields: ("ts_epoch", "flow_id" | "run_number" | "task_id" | "id") or ("ts_epoch", "task_id", "name");
+    pages go down by them. Unless `_limit`, `_cursor` or `always` (a filter was given) ask for paging, all
+    rows are returned as they are, without headers. Raises Problem 400 (ids "invalid-limit",
+    "invalid-cursor") where the real service answers 500 or drops a row.
+    """
+    if not always and not wants_cursor(args):
+        return list(rows), {}
+    text = first_arg(args, "_limit") or ""
+    limit = CURSOR_LIMIT if not text else _whole_number(text)
+    if limit is None or limit < 0:
+        raise Problem(400, "invalid _limit: expected an integer from 0, got '%s'" % text, id="invalid-limit")
+    limit = min(limit, MAX_CURSOR_LIMIT)
+    headers = {"X-Limit": str(limit)}
+
+    def key(row: Row) -> Tuple[Tuple[int, Any], ...]:
+        return tuple([_ranked(row.get(field)) for field in key_fields])
+
+    cursor = first_arg(args, "_cursor")
+    if cursor:
+        after = key(_decode_cursor(cursor, key_fields))
+        rows = [row for row in rows if key(row) < after]
+    if not limit:
+        return [], headers
+    page = heapq.nlargest(limit + 1, rows, key=key)
+    if len(page) > limit:
+        page.pop()
+        record = json.dumps({field: page[-1].get(field) for field in key_fields})
+        headers["X-Next-Cursor"] = base64.b64encode(record.encode()).decode()
+    return page, headers
+
+
+def _ranked(value: Any) -> Tuple[int, Any]:
+    """Numbers before text before nothing, so that ids of both kinds can be compared."""
+    if isinstance(value, int):
+        return 0, value
+    return (1, value) if isinstance(value, str) else (-1, 0)
+
+
+def _decode_cursor(cursor: str, key_fields: Sequence[str]) -> Dict[str, Any]:
+    try:
+        record = loads(base64.b64decode(cursor.replace(" ", "+"), validate=True))  # a bare + comes as a space
+        values = {field: record[field] for field in key_fields}
+    except (Problem, ValueError, KeyError, TypeError):
+        raise Problem(400, "Invalid cursor", id="invalid-cursor") from None
+    kinds = {type(value) for value in values.values()}
+    if type(values[key_fields[0]]) is not int or not kinds <= {int, str}:
+        raise Problem(400, "Invalid cursor", id="invalid-cursor")
+    return values
+
+
+# ---- 7. Datastore readers: artifacts, parameters, graph, logs, cards, search ----
+# Of one pickle that is read for display or search (the real service: 4 KiB); 500 characters are shown at
+# once.
+ARTIFACT_BYTES = 1024 * 1024
+ARTIFACT_PAGE_BYTES = 8 * 1024 * 1024  # of all contents of one answer; the UI asks for 50 artifacts at once
+# Characters of one str(value): shared parts make a text exponentially longer than its pickle.
+ARTIFACT_TEXT = 2 * 1024 * 1024
+ARTIFACT_SECONDS = 2.0  # for building one value: keys with equal hashes make sets and dicts quadratic
+PARAMETER_BYTES = 64 * 1024  # of one parameter: all of them go out at once, in every preview and by WebSocket
+GRAPH_BYTES = 8 * 1024 * 1024  # of a `_graph_info`: 10,000 steps are about 4 MiB
+PICKLE_STEPS = 600_000  # instructions of one pickle: with the next one, 70 MB for a moment in the worst case
+PICKLE_OBJECTS = 300_000  # of them that make a container or a memo entry (an empty set takes 216 bytes)
+# 4,300 decimal digits, CPython's own limit: a longer one takes quadratic time to print.
+PICKLE_NUMBER_BYTES = 1785
+PICKLE_KEY_DEPTH = 32  # of tuples in a dict key: hashing recurses in C without a check
+PICKLE_KEY_PARTS = 200_000  # parts of all keys together: shared parts are hashed again each time
+VALUE_DEPTH = 100  # of what is written as text or JSON; deeper is shown as ...
+VALUE_PARTS = 200_000  # values in one parameter or graph as JSON
+TASK_INDEX_BYTES = 16 * 1024 * 1024  # of one N.data.json: 50,000 artifacts
+TASK_INDEX_CACHE = 32  # of those kept in memory
+LOG_HEADER = 512  # bytes at the start of a line in which its mflog header must end; Metaflow writes 84
+LOG_LINE_BYTES = 1024 * 1024  # of one line in a page; the rest is in the download
+LOG_PAGE_BYTES = 16 * 1024 * 1024  # of all lines in a page; a page has up to 10,000 lines
+LOG_PAGE_ROWS = 100_000  # of one page, also for `_limit=0`, which means all
+LOG_INDEX_LINES = 4_000_000  # of one log; 16 bytes of memory each, about 500 MB of log
+LOG_CACHE_LINES = 4_000_000  # of all logs kept in memory: 64 MB, reached only by logs of 500 MB
+LOG_CACHE_ENTRIES = 32  # logs kept in memory
+CARD_BYTES = 64 * 1024 * 1024  # of one card's HTML or data; the HTML of an empty one is 1.1 MB
+CARD_LIMIT = 1000  # cards of one task; the real service's page has as many
+
+NOT_LOCAL_ID = "datastore-not-local"
+TOO_LARGE_ID = "artifact-too-large"
+NOT_FOUND_ID = "artifact-not-found"
+UNREADABLE_ID = "artifact-unreadable"
+
+
+# Files: nothing outside the given root is read, nothing anywhere is changed.
+
+
+class _OverLimit(Exception):
+    """A file or a value is larger than its limit; `size` in bytes when it is known."""
+
+    def __init__(self, size: Optional[int] = None) -> None:
+        super().__init__("too large")
+        self.size = size
+
+
+def _is_part(text: Any) -> bool:
+    """Whether `text` can be one part of a path below the root."""
+    return isinstance(text, str) and text not in ("", ".", "..") and not set(text) & {"/", "\\", "\0"}
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _open_below(root: str, parts: Sequence[str]) -> Optional[IO[bytes]]:
+    """Opens a regular file below `root` for reading; None when there is none or when it is not really there.
+
+    The leaf may not be a symlink; directories may, as long as what was opened lies below the root. That is
+    asked after the open and compared by inode, so that nothing can be exchanged in between.
+    """
+    if not all(_is_part(part) for part in parts):
+        return None
+    path = os.path.join(root, *parts)
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+    except (OSError, ValueError):
+        return None
+    try:
+        opened = os.fstat(descriptor)
+        real = os.path.realpath(path)
+        there = os.lstat(real)
+        if (
+            stat.S_ISREG(opened.st_mode)
+            and _is_below(real, os.path.realpath(root))
+            and (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)
+        ):
+            return os.fdopen(descriptor, "rb")
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _read_below(root: str, parts: Sequence[str], limit: int) -> Optional[bytes]:
+    """The bytes of a file below `root`; None when there is none. Raises _OverLimit."""
+    file = _open_below(root, parts)
+    if file is None:
+        return None
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise _OverLimit(size)
+        try:
+            data = file.read(limit + 1)
+        except OSError:
+            return None
+    if len(data) > limit:
+        raise _OverLimit()
+    return data
+
+
+def _list_below(root: str, parts: Sequence[str]) -> List[str]:
+    """The names in a directory that really lies below `root`; [] when there is none."""
+    if not all(_is_part(part) for part in parts):
+        return []
+    real = os.path.realpath(os.path.join(root, *parts))
+    if not _is_below(real, os.path.realpath(root)):
+        return []
+    try:
+        return sorted(os.listdir(real))
+    except (OSError, ValueError):
+        return []
+
+
+def is_here(metaflow_dir: str, ds_type: Any, ds_root: Any) -> bool:
+    """Whether a datastore (metadata `ds-type`, `ds-root`) is the one of `metaflow_dir`; None stands for
+    unknown: yes.
+    """
+    if ds_type not in (None, "", "local"):
+        return False
+    if not isinstance(ds_root, str) or not ds_root:
+        return True
+    if "://" in ds_root or "\0" in ds_root:
+        return False
+    return ds_root == metaflow_dir or os.path.realpath(ds_root) == os.path.realpath(metaflow_dir)
+
+
+def not_local_text(ds_type: Any, ds_root: Any) -> str:
+    """What people are told about data that are somewhere else."""
+    place = " (%s)" % ds_root if isinstance(ds_root, str) and ds_root else ""
+    if ds_type in (None, "", "local"):
+        return "The data is not local: it is in another local datastore%s, which this service does not open." % place
+    return "The data is not local: it is in the %s datastore%s. Use Metaflow's client to read it." % (
+        ds_type,
+        place,
+    )
+
+
+def not_local_problem(ds_type: Any, ds_root: Any) -> Problem:
+    """The answer for a page whose data are somewhere else.
+
+    501, because the UI shows an error's text for every status but 403 and 404 (ui: useResource).
+    """
+    return Problem(501, not_local_text(ds_type, ds_root), id=NOT_LOCAL_ID)
+
+
+# Pickles: plain values only. A pickle is a program; this runs it on a machine that has no functions. Names
+# are never imported and never called: a short list of (module, name) has a constructor of ours for plain
+# data, every other name makes a `PickledObject`, which remembers what it would have been and does nothing.
+
+
+class UnreadablePickle(Exception):
+    """The bytes are no pickle, or one that is out to hurt; the text says which."""
+
+
+class PickledName:
+    """A class or function that a pickle names."""
+
+    __slots__ = ("module", "name")
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module = _OLD_MODULES.get(module, module)
+        self.name = _OLD_NAMES.get(name, name) if self.module == "builtins" else name
+
+    @property
+    def path(self) -> str:
+        return self.name if self.module == "builtins" else "%s.%s" % (self.module, self.name)
+
+
+class PickledObject:
+    """What a pickle would have made by calling `of(*args)`, and the state it would have given it."""
+
+    __slots__ = ("of", "args", "state")
+
+    def __init__(self, of: PickledName, args: Tuple[Any, ...] = ()) -> None:
+        self.of = of
+        self.args = args
+        self.state: Any = None
+
+
+class PlainValue:
+    """A value without parts, as str() and as repr() show it: a Decimal, a path."""
+
+    __slots__ = ("text", "code")
+
+    def __init__(self, text: str, code: str) -> None:
+        self.text = text
+        self.code = code
+
+
+class _Ordered(Dict[Any, Any]):
+    """An OrderedDict."""
+
+
+class _Counted(Dict[Any, Any]):
+    """A Counter."""
+
+
+class _Defaulted(Dict[Any, Any]):
+    """A defaultdict."""
+
+    factory: Any = None
+
+
+class _Config(Dict[Any, Any]):
+    """Metaflow's ConfigValue."""
+
+
+class _Queue(List[Any]):
+    """A deque. (A real one recurses in C when a deep nest of them is freed.)"""
+
+    maxlen: Optional[int] = None
+
+
+class _Frame(NamedTuple):
+    """Metaflow's ForeachFrame (tuple_util.foreach_frame_field_list; 2.12.0 has the same five fields)."""
+
+    step: Any = None
+    var: Any = None
+    num_splits: Any = None
+    index: Any = None
+    value: Any = None
+
+
+# What protocols 0 to 2 and Python 3.13 call things.
+_OLD_MODULES = {"__builtin__": "builtins", "exceptions": "builtins", "copy_reg": "copyreg"}
+_OLD_MODULES["pathlib._local"] = "pathlib"
+_OLD_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
+# Functions of numpy, pandas and copyreg that make an object of the class they get first.
+_RECONSTRUCTORS = frozenset(("_reconstructor", "_reconstruct", "__newobj__", "__newobj_ex__", "_new_Index"))
+_PLAIN_KINDS = frozenset(
+    (str, int, float, bool, type(None), bytes, complex, range, PickledName, PickledObject, PlainValue)
+    + (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)
+)
+
+
+def _make_timezone(offset: Any, *name: Any) -> Any:
+    return datetime.timezone(offset, *name)
+
+
+def _args_are(*kinds: type) -> Callable[[Sequence[Any]], bool]:
+    def fits(args: Sequence[Any]) -> bool:
+        return len(args) == len(kinds) and all(type(arg) is kind for arg, kind in zip(args, kinds))
+
+    return fits
+
+
+def _make_moment(kind: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """A date, time or datetime from the packed bytes that its pickle holds, with a fixed offset at most."""
+
+    def make(packed: Any, *zone: Any) -> Any:
+        if type(packed) is not bytes or len(packed) != size or len(zone) > 1:
+            raise TypeError
+        if zone and type(zone[0]) is not datetime.timezone:
+            raise TypeError
+        return kind(packed, *zone)
+
+    return make
+
+
+def _make_span(days: Any, seconds: Any, microseconds: Any) -> Any:
+    if not _args_are(int, int, int)((days, seconds, microseconds)):
+        raise TypeError
+    return datetime.timedelta(days, seconds, microseconds)
+
+
+def _make_range(start: Any, stop: Any, step: Any) -> Any:
+    if not _args_are(int, int, int)((start, stop, step)):
+        raise TypeError
+    return range(start, stop, step)
+
+
+def _make_bytes(text: Any = "", coding: Any = "latin1") -> Any:
+    """`_codecs.encode(text, "latin1")` and `bytes()`: how protocol 2 spells bytes."""
+    if type(text) is not str or coding not in ("latin1", "latin-1"):
+        raise TypeError
+    return text.encode("latin-1")
+
+
+def _make_bytearray(data: Any = b"", *coding: Any) -> Any:
+    if type(data) is str:
+        data = _make_bytes(data, *coding)
+    if type(data) is not bytes:
+        raise TypeError
+    return bytearray(data)
+
+
+def _make_complex(real: Any, imaginary: Any) -> Any:
+    if not _args_are(float, float)((real, imaginary)):
+        raise TypeError
+    return complex(real, imaginary)
+
+
+def _make_decimal(text: Any) -> Any:
+    if type(text) is not str:
+        raise TypeError
+    return PlainValue(text, "Decimal(%r)" % text)
+
+
+def _make_path(name: str) -> Callable[..., Any]:
+    def make(*parts: Any) -> Any:
+        if not all(type(part) is str for part in parts):
+            raise TypeError
+        joined = os.path.join(*parts) if parts else "."
+        if "Windows" in name:
+            joined = parts[0] + "\\".join(parts[1:]) if parts else "."
+        return PlainValue(joined, "%s(%r)" % (name, joined.replace("\\", "/")))
+
+    return make
+
+
+def _make_queue(items: Any = (), maxlen: Any = None) -> Any:
+    if type(items) not in (tuple, list) or not (maxlen is None or type(maxlen) is int):
+        raise TypeError
+    queue = _Queue(items)
+    queue.maxlen = maxlen
+    return queue
+
+
+def _make_defaulted(*factory: Any) -> Any:
+    if len(factory) > 1:
+        raise TypeError
+    made = _Defaulted()
+    made.factory = factory[0] if factory else None
+    return made
+
+
+def _make_mapping(kind: Callable[..., Any]) -> Callable[..., Any]:
+    def make(*args: Any) -> Any:
+        if not args or args == ([],):
+            return kind()
+        if len(args) != 1 or not isinstance(args[0], dict):
+            raise TypeError
+        return kind(args[0])
+
+    return make
+
+
+def _make_frame(*fields: Any) -> Any:
+    return _Frame(*fields)
+
+
+_MAKERS: Dict[Tuple[str, str], Callable[..., Any]] = {
+    ("datetime", "datetime"): _make_moment(datetime.datetime, 10),
+    ("datetime", "date"): _make_moment(datetime.date, 4),
+    ("datetime", "time"): _make_moment(datetime.time, 6),
+    ("datetime", "timedelta"): _make_span,
+    ("datetime", "timezone"): _make_timezone,
+    ("builtins", "complex"): _make_complex,
+    ("builtins", "range"): _make_range,
+    ("builtins", "bytes"): _make_bytes,
+    ("builtins", "bytearray"): _make_bytearray,
+    ("_codecs", "encode"): _make_bytes,
+    ("decimal", "Decimal"): _make_decimal,
+    ("collections", "OrderedDict"): _make_mapping(_Ordered),
+    ("collections", "Counter"): _make_mapping(_Counted),
+    ("collections", "defaultdict"): _make_defaulted,
+    ("collections", "deque"): _make_queue,
+    ("metaflow.user_configs.config_parameters", "ConfigValue"): _make_mapping(_Config),
+    ("__main__", "ForeachFrame"): _make_frame,
+    ("metaflow.tuple_util", "ForeachFrame"): _make_frame,
+}
+for _path_name in ("PurePosixPath", "PosixPath", "PureWindowsPath", "WindowsPath"):
+    _MAKERS[("pathlib", _path_name)] = _make_path(_path_name)
+_METAFLOW_OBJECTS = {"Flow", "Run", "Step", "Task", "DataArtifact"}
+# Builtin exceptions whose str() is that of their arguments.
+_FLAT_ERRORS = {
+    "ArithmeticError", "AssertionError", "AttributeError", "BufferError", "DeprecationWarning", "EOFError",
+    "Exception", "FloatingPointError", "FutureWarning", "IndexError", "KeyboardInterrupt", "KeyError",
+    "LookupError", "MemoryError", "NameError", "NotImplementedError", "OverflowError", "RecursionError",
+    "ReferenceError", "RuntimeError", "RuntimeWarning", "TypeError", "StopAsyncIteration", "StopIteration",
+    "UserWarning", "ValueError", "Warning", "ZeroDivisionError",
+}  # fmt: skip
+
+
+class _PickleMachine:
+    """Runs one pickle, protocols 0 to 5, and gives its value. Raises UnreadablePickle.
+
+    Each opcode takes at least one byte and makes at most one small thing, so that the size of the bytes
+    bounds time and memory; the memo is a dict, so that a huge index costs nothing; nothing here recurses.
+    Raises _OverLimit as well, for more than PICKLE_STEPS or PICKLE_OBJECTS.
+    """
+
+    def __init__(self, data: bytes, seconds: float = ARTIFACT_SECONDS) -> None:
+        self.data = data
+        self.at = 0
+        self.stack: List[Any] = []
+        self.marks: List[int] = []
+        self.memo: Dict[int, Any] = {}
+        self.key_parts = PICKLE_KEY_PARTS
+        self.deadline = time.monotonic() + seconds
+
+    def run(self) -> Any:
+        data, table, costly, count, made = self.data, _OPCODES, _COSTLY, 0, 0
+        try:
+            while True:
+                code = data[self.at]
+                self.at += 1
+                if code == 0x2E:  # STOP
+                    return self.stack.pop()
+                table[code](self)
+                count += 1
+                if code in costly:
+                    made += 1
+                if not count & 1023:
+                    self.in_time()
+                    if count > PICKLE_STEPS or made > PICKLE_OBJECTS:
+                        raise _OverLimit()
+        except UnreadablePickle:
+            raise
+        except KeyError:
+            raise UnreadablePickle("not a pickle: unknown instruction or reference near byte %d" % self.at) from None
+        except IndexError:
+            raise UnreadablePickle("the pickle is cut short or broken near byte %d" % self.at) from None
+        except (ValueError, TypeError, ArithmeticError, struct.error, MemoryError, RecursionError) as error:
+            raise UnreadablePickle("broken pickle: %s" % type(error).__name__) from None
+
+    def in_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise UnreadablePickle("the value takes too long to build")
+
+    # Input.
+
+    def take(self, size: int) -> bytes:
+        end = self.at + size
+        if size < 0 or end > len(self.data):
+            raise IndexError
+        taken = self.data[self.at : end]
+        self.at = end
+        return taken
+
+    def number(self, size: int, signed: bool = False) -> int:
+        return int.from_bytes(self.take(size), "little", signed=signed)
+
+    def line(self) -> bytes:
+        end = self.data.find(b"\n", self.at)
+        if end < 0:
+            raise IndexError
+        taken = self.data[self.at : end]
+        self.at = end + 1
+        return taken
+
+    def text(self, size: int) -> str:
+        return self.take(size).decode("utf-8", "surrogatepass")
+
+    # The stack. A mark is the height at which it was set; values below the last mark cannot be popped.
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        if self.marks and len(self.stack) <= self.marks[-1]:
+            raise IndexError
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        if self.marks and len(self.stack) <= self.marks[-1]:
+            raise IndexError
+        return self.stack[-1]
+
+    def pop_mark(self) -> List[Any]:
+        height = self.marks.pop()
+        items = self.stack[height:]
+        del self.stack[height:]
+        return items
+
+    # Values.
+
+    def key(self, value: Any) -> Any:
+        """`value` as a dict key or set member; refuses what cannot be one, or what is costly to hash."""
+        if type(value) in _PLAIN_KINDS:
+            return value
+        waiting = [(value, 0)]
+        while waiting:
+            part, depth = waiting.pop()
+            self.key_parts -= 1
+            if depth > PICKLE_KEY_DEPTH or self.key_parts < 0:
+                raise UnreadablePickle("a key is nested too deep")
+            if type(part) in (tuple, frozenset, _Frame):
+                if len(part) > self.key_parts:
+                    raise UnreadablePickle("a key has too many parts")
+                waiting.extend((inner, depth + 1) for inner in part)
+            elif type(part) not in _PLAIN_KINDS:
+                raise UnreadablePickle("a value that cannot be a key is used as one")
+        return value
+
+    def set_items(self, target: Any, items: Sequence[Any]) -> None:
+        if len(items) % 2:
+            raise IndexError
+        if not isinstance(target, dict):
+            if isinstance(target, PickledObject):
+                return
+            raise TypeError
+        for index in range(0, len(items), 2):
+            target[self.key(items[index])] = items[index + 1]
+            if not index & 1023:
+                self.in_time()
+
+    def add_items(self, target: Any, items: Sequence[Any]) -> None:
+        if isinstance(target, PickledObject):
+            return
+        if type(target) is not set:
+            raise TypeError
+        for index, item in enumerate(items):
+            target.add(self.key(item))
+            if not index & 1023:
+                self.in_time()
+
+    def append_items(self, target: Any, items: Sequence[Any]) -> None:
+        if isinstance(target, list):
+            target.extend(items)
+        elif not isinstance(target, PickledObject):
+            raise TypeError
+
+    def integer(self, data: bytes) -> Any:
+        if len(data) > PICKLE_NUMBER_BYTES:
+            return PickledObject(PickledName("builtins", "int"))
+        return int.from_bytes(data, "little", signed=True)
+
+    def decimal_integer(self, data: bytes) -> Any:
+        if len(data) > 4300:
+            return PickledObject(PickledName("builtins", "int"))
+        return int(data.decode("ascii"))
+
+    def make(self, of: Any, args: Any) -> Any:
+        """What calling `of(*args)` stands for: plain data from the list above, else a PickledObject. Calls
+        nothing foreign.
+        """
+        if type(of) is not PickledName:
+            if isinstance(of, PickledObject):
+                return PickledObject(of.of)
+            raise UnreadablePickle("the pickle calls something that is no function")
+        if type(args) is not tuple:
+            args = ()
+        if of.module == "builtins" and of.name in ("set", "frozenset"):
+            return self.make_set(of.name, args)
+        maker = _MAKERS.get((of.module, of.name))
+        if maker is not None:
+            try:
+                return maker(*args)
+            except (TypeError, ValueError, OverflowError, ArithmeticError, UnicodeError):
+                return PickledObject(of)
+        if of.name in _RECONSTRUCTORS and args and type(args[0]) is PickledName:
+            return PickledObject(args[0])
+        return PickledObject(of, args)
+
+    def make_set(self, name: str, args: Tuple[Any, ...]) -> Any:
+        made: Set[Any] = set()
+        if args:
+            if len(args) != 1 or type(args[0]) not in (list, tuple, set, frozenset):
+                return PickledObject(PickledName("builtins", name))
+            self.add_items(made, list(args[0]))
+        return made if name == "set" else frozenset(made)
+
+    def build(self, target: Any, state: Any) -> None:
+        if isinstance(target, PickledObject) and target.of.module != "pickle":
+            target.state = state
+        elif type(target) is _Config and isinstance(state, dict) and isinstance(state.get("_data"), dict):
+            target.update(state["_data"])
+
+
+def _run_constant(value: Any) -> Callable[[_PickleMachine], None]:
+    return lambda m: m.stack.append(value)
+
+
+def _run_tuple(size: int) -> Callable[[_PickleMachine], None]:
+    def run(m: _PickleMachine) -> None:
+        items = [m.pop() for _ in range(size)]
+        m.push(tuple(reversed(items)))
+
+    return run
+
+
+def _run_int(m: _PickleMachine) -> None:
+    data = m.line()
+    m.push(data == b"01" if data in (b"00", b"01") else m.decimal_integer(data))
+
+
+def _run_long(m: _PickleMachine) -> None:
+    data = m.line()
+    m.push(m.decimal_integer(data[:-1] if data.endswith(b"L") else data))
+
+
+def _run_string(m: _PickleMachine) -> None:
+    data = m.line()
+    if len(data) < 2 or data[:1] != data[-1:] or data[:1] not in b"'\"":
+        raise ValueError
+    m.push(codecs.escape_decode(data[1:-1])[0].decode("latin-1"))
+
+
+def _run_set_item(m: _PickleMachine) -> None:
+    value = m.pop()
+    key = m.pop()
+    m.set_items(m.top(), (key, value))
+
+
+def _run_append(m: _PickleMachine) -> None:
+    value = m.pop()
+    m.append_items(m.top(), (value,))
+
+
+def _run_marked(
+    store: Callable[[_PickleMachine, Any, Sequence[Any]], None],
+) -> Callable[[_PickleMachine], None]:
+    def run(m: _PickleMachine) -> None:
+        items = m.pop_mark()
+        store(m, m.top(), items)
+
+    return run
+
+
+def _run_dict(m: _PickleMachine) -> None:
+    items = m.pop_mark()
+    made: Dict[Any, Any] = {}
+    m.set_items(made, items)
+    m.push(made)
+
+
+def _run_frozenset(m: _PickleMachine) -> None:
+    items = m.pop_mark()
+    made: Set[Any] = set()
+    m.add_items(made, items)
+    m.push(frozenset(made))
+
+
+def _run_call(m: _PickleMachine) -> None:
+    args = m.pop()
+    m.push(m.make(m.pop(), args))
+
+
+def _run_new_with_names(m: _PickleMachine) -> None:
+    named = m.pop()
+    args = m.pop()
+    of = m.pop()
+    m.push(PickledObject(of) if named and type(of) is PickledName else m.make(of, args))
+
+
+def _run_object(m: _PickleMachine) -> None:
+    items = m.pop_mark()
+    m.push(m.make(items[0], tuple(items[1:])))
+
+
+def _run_instance(m: _PickleMachine) -> None:
+    of = PickledName(m.line().decode("utf-8"), m.line().decode("utf-8"))
+    m.push(m.make(of, tuple(m.pop_mark())))
+
+
+def _run_stack_global(m: _PickleMachine) -> None:
+    name = m.pop()
+    module = m.pop()
+    if type(name) is not str or type(module) is not str:
+        raise UnreadablePickle("a name in the pickle is no text")
+    m.push(PickledName(module, name))
+
+
+def _run_build(m: _PickleMachine) -> None:
+    state = m.pop()
+    m.build(m.top(), state)
+
+
+def _run_pop(m: _PickleMachine) -> None:
+    if m.marks and len(m.stack) == m.marks[-1]:
+        m.marks.pop()
+    else:
+        m.pop()
+
+
+def _run_pop_mark(m: _PickleMachine) -> None:
+    m.pop_mark()
+
+
+def _run_frame(m: _PickleMachine) -> None:
+    m.take(8)  # only a hint for reading files piece by piece
+
+
+def _run_unknown(size: int, name: str) -> Callable[[_PickleMachine], None]:
+    """Persistent ids and the extension registry: names that mean something only in the process that wrote
+    them.
+    """
+
+    unknown = PickledObject(PickledName("pickle", name))  # never built: one for all of them
+
+    def run(m: _PickleMachine) -> None:
+        if size == 0:
+            m.pop()
+        elif size < 0:
+            m.line()
+        else:
+            m.take(size)
+        m.push(unknown)
+
+    return run
+
+
+def _run_proto(m: _PickleMachine) -> None:
+    if m.number(1) > 5:
+        raise UnreadablePickle("a pickle protocol that is too new")
+
+
+# The instructions by their byte, as the pickletools module of Python documents them.
+_OPCODES: Dict[int, Callable[[_PickleMachine], None]] = {
+    0x28: lambda m: m.marks.append(len(m.stack)),  # MARK
+    0x30: _run_pop,
+    0x31: _run_pop_mark,
+    0x32: lambda m: m.push(m.top()),  # DUP
+    0x46: lambda m: m.push(float(m.line())),  # FLOAT
+    0x49: _run_int,
+    0x4A: lambda m: m.push(m.number(4, True)),  # BININT
+    0x4B: lambda m: m.push(m.number(1)),  # BININT1
+    0x4C: _run_long,
+    0x4D: lambda m: m.push(m.number(2)),  # BININT2
+    0x4E: _run_constant(None),
+    0x50: _run_unknown(-1, "persistent_id"),
+    0x51: _run_unknown(0, "persistent_id"),
+    0x52: _run_call,  # REDUCE
+    0x53: _run_string,
+    0x54: lambda m: m.push(m.take(m.number(4, True)).decode("latin-1")),  # BINSTRING
+    0x55: lambda m: m.push(m.take(m.number(1)).decode("latin-1")),  # SHORT_BINSTRING
+    0x56: lambda m: m.push(m.line().decode("raw-unicode-escape")),  # UNICODE
+    0x58: lambda m: m.push(m.text(m.number(4))),  # BINUNICODE
+    0x61: _run_append,
+    0x62: _run_build,
+    0x63: lambda m: m.push(PickledName(m.line().decode("utf-8"), m.line().decode("utf-8"))),  # GLOBAL
+    0x64: _run_dict,
+    0x65: _run_marked(_PickleMachine.append_items),  # APPENDS
+    0x67: lambda m: m.push(m.memo[int(m.line())]),  # GET
+    0x68: lambda m: m.push(m.memo[m.number(1)]),  # BINGET
+    0x69: _run_instance,
+    0x6A: lambda m: m.push(m.memo[m.number(4)]),  # LONG_BINGET
+    0x6C: lambda m: m.push(m.pop_mark()),  # LIST
+    0x6F: _run_object,
+    0x70: lambda m: m.memo.__setitem__(int(m.line()), m.top()),  # PUT
+    0x71: lambda m: m.memo.__setitem__(m.number(1), m.top()),  # BINPUT
+    0x72: lambda m: m.memo.__setitem__(m.number(4), m.top()),  # LONG_BINPUT
+    0x73: _run_set_item,
+    0x74: lambda m: m.push(tuple(m.pop_mark())),  # TUPLE
+    0x75: _run_marked(_PickleMachine.set_items),  # SETITEMS
+    0x5D: lambda m: m.push([]),  # EMPTY_LIST
+    0x7D: lambda m: m.push({}),  # EMPTY_DICT
+    0x29: _run_constant(()),
+    0x42: lambda m: m.push(m.take(m.number(4))),  # BINBYTES
+    0x43: lambda m: m.push(m.take(m.number(1))),  # SHORT_BINBYTES
+    0x47: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),  # BINFLOAT
+    0x80: _run_proto,
+    0x81: _run_call,  # NEWOBJ
+    0x82: _run_unknown(1, "extension"),
+    0x83: _run_unknown(2, "extension"),
+    0x84: _run_unknown(4, "extension"),
+    0x85: _run_tuple(1),
+    0x86: _run_tuple(2),
+    0x87: _run_tuple(3),
+    0x88: _run_constant(True),
+    0x89: _run_constant(False),
+    0x8A: lambda m: m.push(m.integer(m.take(m.number(1)))),  # LONG1
+    0x8B: lambda m: m.push(m.integer(m.take(m.number(4)))),  # LONG4
+    0x8C: lambda m: m.push(m.text(m.number(1))),  # SHORT_BINUNICODE
+    0x8D: lambda m: m.push(m.text(m.number(8))),  # BINUNICODE8
+    0x8E: lambda m: m.push(m.take(m.number(8))),  # BINBYTES8
+    0x8F: lambda m: m.push(set()),  # EMPTY_SET
+    0x90: _run_marked(_PickleMachine.add_items),  # ADDITEMS
+    0x91: _run_frozenset,
+    0x92: _run_new_with_names,
+    0x93: _run_stack_global,
+    0x94: lambda m: m.memo.__setitem__(len(m.memo), m.top()),  # MEMOIZE
+    0x95: _run_frame,
+    0x96: lambda m: m.push(bytearray(m.take(m.number(8)))),  # BYTEARRAY8
+    0x97: _run_constant(PickledObject(PickledName("pickle", "PickleBuffer"))),  # NEXT_BUFFER
+    0x98: lambda m: None,  # READONLY_BUFFER
+}
+_COSTLY = frozenset(b"]}\x8f\x94pqr\x85\x86\x87tldR\x81\x91\x92\x93ciob")
+
+
+def unpickle_plain(data: bytes, seconds: float = ARTIFACT_SECONDS) -> Any:
+    """The value of a pickle, of plain types, PlainValue, PickledObject and PickledName; raises
+    UnreadablePickle.
+
+    Never imports, never calls what the pickle names. Parts of other types are PickledObjects. Raises
+    _OverLimit for a pickle of too many parts.
+    """
+    return _PickleMachine(data, seconds).run()
+
+
+# Values as text and as JSON.
+
+
+class _TextWriter:
+    """Writes repr(value) within a limit of characters and of depth; raises _OverLimit."""
+
+    def __init__(self, limit: int = ARTIFACT_TEXT) -> None:
+        self.parts: List[str] = []
+        self.left = limit
+        self.open: Set[int] = set()
+
+    def put(self, text: str) -> None:
+        self.left -= len(text)
+        if self.left < 0:
+            raise _OverLimit()
+        self.parts.append(text)
+
+    def write(self, value: Any) -> None:
+        kind = type(value)
+        if kind in (list, tuple, dict, set, frozenset) or isinstance(value, (list, tuple, dict)):
+            self.write_container(value)
+        elif kind is PlainValue:
+            self.put(value.code)
+        elif kind is PickledObject:
+            self.write_object(value)
+        elif kind is PickledName:
+            self.put(("<class '%s'>" if value.module == "builtins" else "<%s>") % value.path)
+        elif kind in (str, bytes, bytearray):
+            if len(value) > self.left:
+                raise _OverLimit()
+            self.put(repr(value))
+        else:
+            self.put(repr(value))
+
+    def write_container(self, value: Any) -> None:
+        if id(value) in self.open or len(self.open) >= VALUE_DEPTH:
+            self.put("{...}" if isinstance(value, dict) else "(...)" if isinstance(value, tuple) else "[...]")
+            return
+        self.open.add(id(value))
+        if isinstance(value, dict):
+            self.write_mapping(value)
+        elif isinstance(value, _Frame):
+            self.put("ForeachFrame(")
+            self.write_items(value, names=_Frame._fields)
+            self.put(")")
+        elif isinstance(value, tuple):
+            self.put("(")
+            self.write_items(value)
+            self.put(",)" if len(value) == 1 else ")")
+        elif isinstance(value, list):
+            self.put("deque([" if isinstance(value, _Queue) else "[")
+            self.write_items(value)
+            self.put("]")
+            if isinstance(value, _Queue):
+                self.put(")" if value.maxlen is None else ", maxlen=%d)" % value.maxlen)
+        else:
+            name = "" if type(value) is set and value else type(value).__name__
+            opening, closing = ("(", ")") if not value else ("({", "})") if name else ("{", "}")
+            self.put(name + opening)
+            self.write_items(value)
+            self.put(closing)
+        self.open.discard(id(value))
+
+    def write_items(self, items: Iterable[Any], names: Sequence[str] = ()) -> None:
+        for index, item in enumerate(items):
+            if index:
+                self.put(", ")
+            if names:
+                self.put(names[index] + "=")
+            self.write(item)
+
+    def write_mapping(self, value: Dict[Any, Any]) -> None:
+        kind = type(value)
+        if kind is _Ordered:
+            if not value:
+                return self.put("OrderedDict()")
+            if sys.version_info < (3, 12):  # as the OrderedDict of this Python writes itself
+                self.put("OrderedDict(")
+                self.write_container(list(value.items()))
+                return self.put(")")
+        if kind is _Counted and not value:
+            return self.put("Counter()")
+        if kind is _Defaulted:
+            self.put("defaultdict(")
+            self.write(getattr(value, "factory", None))
+            self.put(", ")
+        opening = {_Ordered: "OrderedDict(", _Counted: "Counter("}.get(kind, "")
+        self.put(opening + "{")
+        pairs = list(value.items())
+        if kind is _Counted and all(type(count) in (int, float) for count in value.values()):
+            pairs.sort(key=lambda pair: pair[1], reverse=True)
+        for index, (key, item) in enumerate(pairs):
+            if index:
+                self.put(", ")
+            self.write(key)
+            self.put(": ")
+            self.write(item)
+        self.put("})" if opening or kind is _Defaulted else "}")
+        return None
+
+    def write_object(self, value: PickledObject) -> None:
+        text, code = _known_object(value, self)
+        self.put(code or text or "<%s>" % value.of.path)
+
+
+def _known_object(value: PickledObject, writer: Optional[_TextWriter] = None) -> Tuple[str, str]:
+    """(str(), repr()) of the few objects that a UI user meets and that are no plain values; ("", "") for all
+    others.
+
+    uuid.UUID; builtin exceptions with plain arguments; Metaflow's own MetaflowExceptionWrapper (str() is the
+    stack trace, metaflow/exception.py) and client objects (repr is Run('Flow/1'), metaflow/client/core.py).
+    """
+    of, state = value.of, value.state if isinstance(value.state, dict) else {}
+    number = state.get("int")
+    if (of.module, of.name) == ("uuid", "UUID") and type(number) is int and 0 <= number < 1 << 128:
+        digits = "%032x" % number
+        text = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+        return text, "UUID('%s')" % text
+    if (of.module, of.name) == ("metaflow.exception", "MetaflowExceptionWrapper"):
+        trace = state.get("stacktrace")
+        text = trace if isinstance(trace, str) else ""
+        if not text:
+            text = "[no stacktrace]\n%s: %s" % (state.get("type"), state.get("exception"))
+        return text, text
+    if of.module == "metaflow.client.core" and of.name in _METAFLOW_OBJECTS:
+        data = state.get("data")
+        path = data[0] if isinstance(data, (list, tuple)) and data else state.get("_pathspec")
+        text = "%s(%r)" % (of.name, path) if isinstance(path, str) else ""
+        return text, text
+    if of.module == "builtins" and of.name in _FLAT_ERRORS and len(value.args) < 10:
+        if any(type(arg) not in _PLAIN_KINDS or type(arg) in (PickledObject, PickledName) for arg in value.args):
+            return "", ""
+        args = _TextWriter(writer.left if writer else ARTIFACT_TEXT)
+        args.write_items(value.args)
+        inside = "".join(args.parts)
+        text = "(%s)" % inside if len(value.args) > 1 else inside
+        if len(value.args) == 1 and of.name != "KeyError":
+            text = plain_text(value.args[0])
+        return text, "%s(%s)" % (of.name, inside)
+    return "", ""
+
+
+def plain_text(value: Any, limit: int = ARTIFACT_TEXT) -> str:
+    """str(value) as Python writes it, for what `unpickle_plain` gives; "" for an object of which only the
+    type is known.
+
+    Raises _OverLimit for more than `limit` characters.
+    """
+    if isinstance(value, (str, PlainValue)):
+        text = value if isinstance(value, str) else value.text
+        if len(text) > limit:
+            raise _OverLimit()
+        return text
+    if isinstance(value, PickledObject):
+        return _known_object(value)[0]
+    writer = _TextWriter(limit)
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, datetime.timezone)):
+        writer.put(str(value))
+    else:
+        writer.write(value)
+    return "".join(writer.parts)
+
+
+class _JsonMaker:
+    """Makes values that JSON can hold: keys are text, sets and tuples lists, the rest str(value); bounded."""
+
+    def __init__(self) -> None:
+        self.left = VALUE_PARTS
+        self.open: Set[int] = set()
+
+    def make(self, value: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise _OverLimit()
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if type(value) is float:
+            return value if math.isfinite(value) else str(value)
+        if isinstance(value, (dict, list, tuple, set, frozenset)):
+            if id(value) in self.open or len(self.open) >= VALUE_DEPTH:
+                return "..."
+            self.open.add(id(value))
+            made: Any
+            if isinstance(value, dict):
+                made = {key if type(key) is str else _text_or_type(key): self.make(item) for key, item in value.items()}
+            else:
+                made = [self.make(item) for item in value]
+            self.open.discard(id(value))
+            return made
+        return _text_or_type(value)
+
+
+def _text_or_type(value: Any) -> str:
+    return plain_text(value) or ("<%s>" % value.of.path if isinstance(value, PickledObject) else "")
+
+
+# Artifacts. Layout of the local datastore (metaflow/datastore: content_addressed_store, task_datastore; the
+# same from 2.12.0 to 2.19): <root>/<Flow>/data/<sha[:2]>/<sha> is gzip, or raw bytes when <sha>_meta says
+# "cas_raw"; <root>/<Flow>/<run>/<step>/<task>/<attempt>.data.json has "objects" {name: sha} and "info" {name:
+# {size, type, encoding}}.
+
+
+class ArtifactValue:
+    """An artifact as it can be shown.
+
+    value: as `unpickle_plain` gives it, or the text or bytes of an included file; None after an error.
+    text: str(value), or "<type, N bytes>" when the value is more than plain data; "" after an error.
+    size: bytes of its pickle, or of an included file, when known. type: "numpy.ndarray", when known.
+    error: None or {"id", "detail", "traceback": None}; ids: artifact-too-large, artifact-not-found,
+    artifact-unreadable, datastore-not-local.
+    """
+
+    __slots__ = ("value", "text", "size", "type", "error")
+
+    def __init__(self, value: Any = None, text: str = "", size: Optional[int] = None, type: str = "") -> None:
+        self.value = value
+        self.text = text
+        self.size = size
+        self.type = type
+        self.error: Optional[Dict[str, Any]] = None
+
+
+_SHA = re.compile(r"[0-9a-f]{6,128}").fullmatch
+_TYPE = re.compile(r"<(?:class|type) '([^'<>]{1,200})'>").fullmatch
+_PICKLES = frozenset(["pickle-v2", "pickle-v4", "gzip+pickle-v2", "gzip+pickle-v4", "", None])
+_task_index_lock = threading.Lock()
+_task_indexes: OrderedDict[Tuple[str, ...], Tuple[Tuple[int, int, int], Dict[str, Any]]] = OrderedDict()
+
+
+def _task_index(metaflow_dir: str, parts: Tuple[str, ...]) -> Dict[str, Any]:
+    """The "info" of a task's N.data.json, {} when there is none; kept as long as the file does not change."""
+    file = _open_below(metaflow_dir, parts)
+    if file is None:
+        return {}
+    key = (metaflow_dir,) + parts
+    with file:
+        now = os.fstat(file.fileno())
+        mark = (now.st_ino, now.st_mtime_ns, now.st_size)
+        with _task_index_lock:
+            known = _task_indexes.get(key)
+            if known is not None and known[0] == mark:
+                _task_indexes.move_to_end(key)
+                return known[1]
+        if now.st_size > TASK_INDEX_BYTES:
+            return {}
+        try:
+            info = json.loads(file.read()).get("info", {})
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return {}
+    info = info if isinstance(info, dict) else {}
+    with _task_index_lock:
+        _task_indexes[key] = (mark, info)
+        while len(_task_indexes) > TASK_INDEX_CACHE:
+            _task_indexes.popitem(last=False)
+    return info
+
+
+def _read_blob(metaflow_dir: str, flow: str, sha: str, limit: int) -> Optional[bytes]:
+    """The bytes under a key of the content-addressed store, None when there are none.
+
+    Raises _OverLimit, ValueError for bytes that are not what they should be.
+    """
+    file = _open_below(metaflow_dir, (flow, "data", sha[:2], sha))
+    if file is None:
+        return None
+    with file:
+        meta: Any = {}
+        with contextlib.suppress(_OverLimit, ValueError, RecursionError):
+            meta = json.loads(_read_below(metaflow_dir, (flow, "data", sha[:2], sha + "_meta"), 4096) or b"{}")
+        meta = meta if isinstance(meta, dict) else {}
+        if not meta.get("cas_raw", False):
+            if meta.get("cas_version", 1) != 1:
+                raise ValueError("encoding version %s is not known" % str(meta["cas_version"])[:20])
+            return _gunzip(file, limit)
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise _OverLimit(size)
+        return file.read(limit)
+
+
+def _gunzip(file: IO[bytes], limit: int) -> bytes:
+    """Unpacks at most `limit` bytes; the sizes that gzip itself claims are not believed."""
+    try:
+        data = gzip.GzipFile(fileobj=file).read(limit + 1)
+    except (OSError, EOFError, zlib.error):
+        raise ValueError("the file is damaged") from None
+    if len(data) <= limit:
+        return data
+    size = None
+    try:
+        file.seek(-4, os.SEEK_END)
+        size = struct.unpack("<I", file.read(4))[0]  # exact below 4 GiB
+    except (OSError, struct.error):
+        pass
+    raise _OverLimit(size if size and size > limit else None)
+
+
+def _art_field(record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    return "" if value is None else str(value)
+
+
+def _artifact_path(record: Mapping[str, Any]) -> str:
+    """Flow/run/step/task/name, as Metaflow's client writes it."""
+    run = _art_field(record, "run_id") or _art_field(record, "run_number")
+    task = _art_field(record, "task_name") or _art_field(record, "task_id")
+    return "/".join(
+        (
+            _art_field(record, "flow_id"),
+            run,
+            _art_field(record, "step_name"),
+            task,
+            _art_field(record, "name"),
+        )
+    )
+
+
+def _art_failed(value: ArtifactValue, id: str, detail: str) -> ArtifactValue:
+    value.value, value.text = None, ""
+    value.error = {"id": id, "detail": detail, "traceback": None}
+    return value
+
+
+def _art_too_large(value: ArtifactValue, record: Mapping[str, Any], size: Optional[int]) -> ArtifactValue:
+    if value.size is None:
+        value.size = size
+    known = "%d bytes" % value.size if value.size is not None else "too large to show"
+    return _art_failed(value, TOO_LARGE_ID, "%s: %s" % (_artifact_path(record), known))
+
+
+def read_artifact(
+    metaflow_dir: str,
+    record: Mapping[str, Any],
+    *,
+    limit: int = ARTIFACT_BYTES,
+    data_roots: Sequence[str] = (),
+) -> ArtifactValue:
+    """The value of an artifact, from its record (`flow_id`, `run_number`, `step_name`, `task_id`, `name`,
+    `attempt_id`, `sha`, `ds_type`, `location`, `content_type`; a row with `run_id` and `task_name` does as
+    well). Never raises for bad data.
+
+    `location` is `:root:<path of a .metaflow>`. Blobs are named by their content, so one that is here is
+    right even when the project has moved since; one that is not here and was written elsewhere is
+    `datastore-not-local`. `data_roots`: more directories with included files, besides <metaflow_dir>/data
+    (Metaflow puts them into <METAFLOW_DATASTORE_SYSROOT_LOCAL>/data).
+    """
+    value = ArtifactValue()
+    ds_type, location = record.get("ds_type"), record.get("location")
+    root = location[6:] if isinstance(location, str) and location.startswith(":root:") else location
+    here = is_here(metaflow_dir, ds_type, root)
+    if not here and ds_type not in (None, "", "local"):
+        return _art_failed(value, NOT_LOCAL_ID, not_local_text(ds_type, root))
+    flow, sha = _art_field(record, "flow_id"), _art_field(record, "sha")
+    info = _artifact_info(metaflow_dir, record)
+    if type(info.get("size")) is int:
+        value.size = info["size"]
+    known = _TYPE(info["type"]) if isinstance(info.get("type"), str) else None
+    value.type = known.group(1) if known else ""
+    if value.size is not None and value.size > limit:
+        return _art_too_large(value, record, value.size)
+    try:
+        data = _read_blob(metaflow_dir, flow, sha, limit) if _SHA(sha) else None
+    except _OverLimit as error:
+        return _art_too_large(value, record, error.size)
+    except (ValueError, OSError, MemoryError) as error:
+        return _art_failed(value, UNREADABLE_ID, "%s: %s" % (_artifact_path(record), error))
+    if data is None:
+        if not here:
+            return _art_failed(value, NOT_LOCAL_ID, not_local_text(ds_type, root))
+        return _art_failed(value, NOT_FOUND_ID, "%s: its data is not in the datastore" % _artifact_path(record))
+    value.size = len(data)
+    encoding = info.get("encoding") or record.get("content_type")
+    return _decode_artifact(value, record, data, encoding, limit, [os.path.join(metaflow_dir, "data"), *data_roots])
+
+
+def _artifact_info(metaflow_dir: str, record: Mapping[str, Any]) -> Dict[str, Any]:
+    run = _art_field(record, "run_id") or _art_field(record, "run_number")
+    task = _art_field(record, "task_name") or _art_field(record, "task_id")
+    parts = (
+        _art_field(record, "flow_id"),
+        run,
+        _art_field(record, "step_name"),
+        task,
+        _art_field(record, "attempt_id") + ".data.json",
+    )
+    info = _task_index(metaflow_dir, parts).get(_art_field(record, "name"), {})
+    return info if isinstance(info, dict) else {}
+
+
+def _decode_artifact(
+    value: ArtifactValue,
+    record: Mapping[str, Any],
+    data: bytes,
+    encoding: Any,
+    limit: int,
+    data_roots: Sequence[str],
+) -> ArtifactValue:
+    name = _artifact_path(record)
+    if encoding not in _PICKLES:  # written by a serializer of an extension
+        value.text = "<%s, %d bytes>" % (value.type or encoding, len(data))
+        return value
+    try:
+        value.value = unpickle_plain(data)
+        if isinstance(value.value, PickledObject) and (value.value.of.module, value.value.of.name) == _INCLUDED_FILE:
+            return _read_included(value, record, value.value, limit, data_roots)
+        value.text = plain_text(value.value)
+    except _OverLimit:
+        return _art_too_large(value, record, len(data))
+    except (UnreadablePickle, RecursionError, MemoryError) as error:
+        return _art_failed(value, UNREADABLE_ID, "%s: %s" % (name, error))
+    if isinstance(value.value, PickledObject):
+        value.type = value.type or value.value.of.path
+        value.text = value.text or "<%s, %d bytes>" % (value.type, len(data))
+    return value
+
+
+_INCLUDED_FILE = ("metaflow.includefile", "IncludedFile")
+_INCLUDED = re.compile(r"local://.*/([^/]+)/([0-9a-f]{40})", re.S).fullmatch
+
+
+def _read_included(
+    value: ArtifactValue,
+    record: Mapping[str, Any],
+    pickled: PickledObject,
+    limit: int,
+    data_roots: Sequence[str],
+) -> ArtifactValue:
+    """The content of an IncludeFile parameter.
+
+    Its pickle holds {"type": "uploader-v1"|"uploader-v2", "url", "is_text", "encoding", "size"}
+    (metaflow/includefile.py); the gzip file is called by the sha1 of the content. The url is not followed:
+    the name is looked up in `data_roots` and the content must have that sha1, so that no pickle can name
+    another file.
+    """
+    state = pickled.state if isinstance(pickled.state, dict) else {}
+    descriptor = state.get("_descriptor")
+    descriptor = descriptor if isinstance(descriptor, dict) else {}
+    value.type = "metaflow.includefile.IncludedFile"
+    size, url = descriptor.get("size"), descriptor.get("url")
+    value.size = size if type(size) is int else None
+    if value.size is not None and value.size > limit:
+        return _art_too_large(value, record, value.size)
+    named = _INCLUDED(url) if isinstance(url, str) else None
+    if named is None or descriptor.get("type") not in ("uploader-v1", "uploader-v2"):
+        kind = url.partition("://")[0] if isinstance(url, str) else "unknown"
+        return _art_failed(value, NOT_LOCAL_ID, not_local_text(None if kind == "local" else kind, url))
+    flow, sha = named.groups()
+    for root in data_roots:
+        file = _open_below(root, (flow, sha))
+        if file is None:
+            continue
+        with file:
+            try:
+                content = _gunzip(file, limit)
+            except _OverLimit as error:
+                return _art_too_large(value, record, error.size)
+            except ValueError as error:
+                return _art_failed(value, UNREADABLE_ID, "%s: %s" % (_artifact_path(record), error))
+        if hashlib.sha1(content).hexdigest() != sha:
+            return _art_failed(value, UNREADABLE_ID, "%s: the included file has changed" % _artifact_path(record))
+        value.size = len(content)
+        value.value = content
+        if descriptor.get("is_text", True):
+            value.value = content.decode(_text_coding(descriptor.get("encoding")), "replace")
+        value.text = plain_text(value.value)
+        return value
+    return _art_failed(value, NOT_LOCAL_ID, not_local_text(None, url))
+
+
+def _text_coding(name: Any) -> str:
+    try:
+        return (
+            codecs.lookup(name).name
+            if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,20}", name)
+            else "utf-8"
+        )
+    except LookupError:
+        return "utf-8"
+
+
+def artifact_content(
+    metaflow_dir: str,
+    record: Mapping[str, Any],
+    *,
+    limit: int = ARTIFACT_BYTES,
+    data_roots: Sequence[str] = (),
+) -> Dict[str, Any]:
+    """What `postprocess=true` adds to an artifact's row: {"content": str} or {"postprocess_error": {id,
+    detail, traceback}}.
+
+    `content` is always a string: the UI crashes on objects and lists (ui: task page).
+    """
+    value = read_artifact(metaflow_dir, record, limit=limit, data_roots=data_roots)
+    return {"postprocess_error": value.error} if value.error else {"content": value.text}
+
+
+def artifact_contents(
+    metaflow_dir: str, records: Sequence[Mapping[str, Any]], *, data_roots: Sequence[str] = ()
+) -> List[Dict[str, Any]]:
+    """`artifact_content` of many, in their order, ARTIFACT_PAGE_BYTES in all: what comes after that must be <
+    4 KiB.
+    """
+    left = ARTIFACT_PAGE_BYTES
+    contents = []
+    for record in records:
+        content = artifact_content(
+            metaflow_dir, record, limit=max(4096, min(ARTIFACT_BYTES, left)), data_roots=data_roots
+        )
+        left -= len(content.get("content", ""))
+        contents.append(content)
+    return contents
+
+
+def _attempt_of(record: Mapping[str, Any]) -> int:
+    try:
+        return int(record.get("attempt_id") or 0)
+    except (TypeError, ValueError):
+        return 0
+
+
+def run_parameters(
+    metaflow_dir: str, records: Iterable[Mapping[str, Any]], *, data_roots: Sequence[str] = ()
+) -> Dict[str, Dict[str, Any]]:
+    """{name: {"value": JSON value}}, by name, from the artifact records of the `_parameters` task (any
+    attempts).
+
+    All its artifacts count but `_…`, `name` and `script_name` (ui backend: get_parameters_action); class
+    constants of the flow do as well. What cannot be read has the reason as its value, and never null: the UI
+    crashes on a null entry.
+    """
+    newest: Dict[str, Mapping[str, Any]] = {}
+    for record in records:
+        name = record.get("name")
+        if not isinstance(name, str) or name.startswith("_") or name in ("name", "script_name"):
+            continue
+        if name not in newest or _attempt_of(record) >= _attempt_of(newest[name]):
+            newest[name] = record
+    parameters = {}
+    for name in sorted(newest):
+        value = read_artifact(metaflow_dir, newest[name], limit=PARAMETER_BYTES, data_roots=data_roots)
+        shown: Any = value.error["detail"] if value.error else value.text
+        if value.error and value.error["id"] == TOO_LARGE_ID:
+            shown = "Artifact too large: %s bytes" % ("more" if value.size is None else value.size)
+        elif not value.error and not isinstance(value.value, (PickledObject, bytes)):
+            try:
+                shown = _JsonMaker().make(value.value)
+            except _OverLimit:
+                shown = "Artifact too large: %s bytes" % value.size
+        parameters[name] = {"value": shown}
+    return parameters
+
+
+# The graph of a flow.
+
+_GRAPH_KEYS = frozenset(("file", "start_step", "end_step", "parameters", "constants", "steps", "doc"))
+_GRAPH_KEYS |= {"graph_structure", "decorators", "extensions"}
+
+
+def run_dag(
+    metaflow_dir: str, records: Iterable[Mapping[str, Any]], steps: Sequence[Tuple[str, int]] = ()
+) -> Optional[Dict[str, Any]]:
+    """The graph of a run's flow from its `_graph_info` artifact, with the real service's keys, none null.
+
+    `records`: artifact records of the run in which `_graph_info` may be; Metaflow saves it with `_parameters`
+    when the run starts and hands it on to every task (metaflow/task.py). Without one, the graph is drawn from
+    `steps`: (name, depth of foreach nesting) of those that exist, in the order they started. None when there
+    is nothing to draw yet. Raises Problem(501, id=datastore-not-local).
+    """
+    found = [record for record in records if record.get("name") == "_graph_info"]
+    found.sort(key=lambda record: (record.get("step_name") == "_parameters", _attempt_of(record)), reverse=True)
+    value = read_artifact(metaflow_dir, found[0], limit=GRAPH_BYTES) if found else None
+    if value is not None and isinstance(value.value, dict):
+        try:
+            graph = _whole_graph(_JsonMaker().make(value.value))
+        except _OverLimit:
+            graph = None
+        if graph is not None:
+            return graph
+    if value is not None and value.error and value.error["id"] == NOT_LOCAL_ID:
+        raise Problem(501, value.error["detail"], id=NOT_LOCAL_ID)
+    shown = [(name, max(0, depth)) for name, depth in steps if not name.startswith("_")]
+    return _graph_of_steps(shown) if shown else None
+
+
+def _graph_decorators(value: Any) -> List[Dict[str, Any]]:
+    return [
+        {
+            **deco,
+            "name": str(deco.get("name") or ""),
+            "attributes": deco["attributes"] if isinstance(deco.get("attributes"), dict) else {},
+            "statically_defined": bool(deco.get("statically_defined")),
+        }
+        for deco in (value if isinstance(value, list) else [])
+        if isinstance(deco, dict)
+    ]
+
+
+def _graph_text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _whole_graph(info: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """`info` with every part that the UI reads of the right type: null or missing ones crash its DAG tab."""
+    raw = info.get("steps")
+    if not isinstance(raw, dict):
+        return None
+    steps: Dict[str, Any] = {name: step for name, step in raw.items() if isinstance(step, dict)}
+    if not steps:
+        return None
+    for name, step in steps.items():
+        following = step["next"] if isinstance(step.get("next"), list) else []
+        kept = {key: item for key, item in step.items() if item is not None}
+        kept.update(
+            name=name,
+            type=_graph_text(step.get("type")) or "linear",
+            line=step.get("line") if type(step.get("line")) is int else 0,
+            source_file=_graph_text(step.get("source_file")),
+            doc=_graph_text(step.get("doc")),
+            decorators=_graph_decorators(step.get("decorators")),
+            next=[one for one in following if isinstance(one, str) and one in steps],
+            node_info=step.get("node_info") if isinstance(step.get("node_info"), dict) else {},
+        )
+        steps[name] = kept
+    structure = _whole_structure(info.get("graph_structure"), steps)
+    graph = {key: item for key, item in info.items() if key not in _GRAPH_KEYS and item is not None}
+    start, end = info.get("start_step"), info.get("end_step")
+    extensions = info.get("extensions")
+    return {
+        "file": _graph_text(info.get("file")),
+        "start_step": start if start in steps else "start" if "start" in steps else next(iter(steps)),
+        "end_step": end if end in steps else "end" if "end" in steps else list(steps)[-1],
+        "parameters": info["parameters"] if isinstance(info.get("parameters"), list) else [],
+        "constants": info["constants"] if isinstance(info.get("constants"), list) else [],
+        "steps": steps,
+        "graph_structure": structure or list(steps),
+        "doc": _graph_text(info.get("doc")),
+        "decorators": _graph_decorators(info.get("decorators")),
+        "extensions": extensions if isinstance(extensions, dict) else {},
+        **graph,
+    }
+
+
+def _whole_structure(value: Any, steps: Mapping[str, Any]) -> List[Any]:
+    """A nested list of names without those that are no steps and without empty lists."""
+    kept: List[Any] = []
+    for item in value if isinstance(value, list) else []:
+        if isinstance(item, str) and item in steps:
+            kept.append(item)
+        elif isinstance(item, list):
+            inner = _whole_structure(item, steps)
+            if inner:
+                kept.append(inner)
+    return kept
+
+
+def _graph_of_steps(shown: Sequence[Tuple[str, int]]) -> Dict[str, Any]:
+    """A graph of the steps that exist: one line, with boxes where the foreach nesting says so."""
+    names = [name for name, _ in shown]
+    steps: Dict[str, Any] = {}
+    for index, (name, depth) in enumerate(shown):
+        following = shown[index + 1] if index + 1 < len(shown) else None
+        before = shown[index - 1][1] if index else 0
+        kind = "start" if index == 0 else "end" if name == "end" else "linear"
+        if following is not None and following[1] > depth:
+            kind = "split-foreach"
+        elif depth < before:
+            kind = "join"
+        steps[name] = {"name": name, "type": kind, "line": 0, "source_file": "", "doc": "", "decorators": []}
+        steps[name].update(next=[following[0]] if following else [], node_info={})
+    structure: List[Any] = []
+    levels: List[Tuple[int, List[Any]]] = [(0, structure)]
+    for name, depth in shown:
+        if depth > levels[-1][0]:
+            inner: List[Any] = []
+            levels[-1][1].append([inner])
+            levels.append((depth, inner))
+        while depth < levels[-1][0] and len(levels) > 1:
+            levels.pop()
+        levels[-1][1].append(name)
+    graph: Dict[str, Any] = {
+        "file": "",
+        "start_step": names[0],
+        "end_step": names[-1],
+        "parameters": [],
+        "constants": [],
+    }
+    graph.update(steps=steps, graph_structure=structure, doc="", decorators=[], extensions={})
+    return graph
+
+
+# Logs. A task's lines are in <root>/<Flow>/<run>/<step>/<task>/<attempt>.<source>_<stream>.log with the
+# sources runtime (what the scheduler read from the task; all there is in local mode) and task; each line
+# starts with [MFLOG|0|<UTC time>Z|<source>|<id>] (metaflow/mflog/mflog.py). Before Metaflow 2.2 it was
+# <attempt>.<stream>.log, plain.
+#
+# Order: by time, runtime before task at the same time, as mflog.merge_logs. It differs where that sorts by a
+# line's random id or by its text: lines of equal time stay as written, and a line without a header stays
+# behind the line before it, with no timestamp. Lines end at \n only, as in merge_logs: \r and the like are
+# part of the line.
+
+LOG_STREAMS = ("stdout", "stderr")
+_LOG_SOURCES = ("runtime", "task")
+_LOG_USUAL = re.compile(rb"\[MFLOG\|0\|([0-9-]{10}T[0-9:]{8})\.([0-9]{6})Z\|[^|\]\n]{1,40}\|[^|\]\n]{1,80}\]").match
+_LOG_HEAD = re.compile(rb"(?:\[!)?\[MFLOG\|0\|(.+?)Z\|.+?\|.+?\]").match
+_LOG_EPOCH = datetime.datetime(1970, 1, 1)
+_LOG_MICROSECOND = datetime.timedelta(microseconds=1)
+_LOG_BLOCK = 1024 * 1024
+
+
+class LogPage(NamedTuple):
+    """rows: [{"row": from 0, "timestamp": ms or None, "line": text}]; pages: how many there are, at least 1;
+    total: lines.
+    """
+
+    rows: List[Dict[str, Any]]
+    pages: int
+    total: int
+
+
+def _log_time(text: bytes) -> Optional[int]:
+    """Microseconds since the epoch of "2026-11-21T22:34:49.336837" (UTC)."""
+    try:
+        return (datetime.datetime.fromisoformat(text.decode("ascii")) - _LOG_EPOCH) // _LOG_MICROSECOND
+    except (ValueError, TypeError):
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _log_second(text: bytes) -> Optional[int]:
+    """The same for whole seconds; neighbouring lines share them."""
+    return _log_time(text)
+
+
+def _log_head(line: bytes) -> Tuple[Optional[int], int]:
+    """(time in microseconds, where the message starts) of a line; (None, 0) when it has no header."""
+    found = _LOG_USUAL(line)
+    if found is not None and found.end() <= LOG_HEADER:
+        second = _log_second(found.group(1))
+        if second is not None:
+            return second + int(found.group(2)), found.end()
+    found = _LOG_HEAD(line[:LOG_HEADER])
+    when = _log_time(found.group(1)) if found else None
+    return (None, 0) if found is None or when is None else (when, found.end())
+
+
+def _is_torn(head: bytes) -> bool:
+    """Whether a last line without \\n is only the beginning of a header."""
+    for mark in (b"[MFLOG|", b"[![MFLOG|"):
+        if head.startswith(mark) or mark.startswith(head):
+            return len(head) < LOG_HEADER and _log_head(head)[1] == 0
+    return False
+
+
+class _LogFile:
+    """Where the lines of one log file start, and their times; grows with the file.
+
+    Metaflow replaces the file by a longer one while a task runs; as long as what was there before is still
+    there (told by its first and last bytes), only the new part is read.
+    """
+
+    __slots__ = (
+        "name",
+        "starts",
+        "times",
+        "end",
+        "first",
+        "last",
+        "full",
+        "ordered",
+        "mark",
+        "version",
+        "partial",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.version = 0
+        self.mark: Tuple[int, ...] = ()
+        self.clear()
+
+    def clear(self) -> None:
+        self.starts = array.array("Q")
+        self.times = array.array("q")  # microseconds; of a line without a header: that of the line before
+        self.end = 0  # where the next line starts
+        self.first = self.last = b""
+        self.full = False  # more lines than are kept
+        self.ordered = True
+        self.partial = False  # a last line without \n is shown
+        self.version += 1
+
+    def update(self, file: Optional[IO[bytes]]) -> None:
+        if file is None:
+            if self.mark:
+                self.mark = ()
+                self.clear()
+            return
+        now = os.fstat(file.fileno())
+        mark = (now.st_ino, now.st_mtime_ns, now.st_size)
+        if mark == self.mark:
+            return
+        if not self._grew(file, now.st_size):
+            self.clear()
+        if self.partial:
+            self._drop_partial()
+        self.mark = mark
+        self._scan(file)
+        self.version += 1
+
+    def _grew(self, file: IO[bytes], size: int) -> bool:
+        if size < self.end:
+            return False
+        file.seek(0)
+        same = file.read(len(self.first)) == self.first
+        file.seek(self.end - len(self.last))
+        return same and file.read(len(self.last)) == self.last
+
+    def _drop_partial(self) -> None:
+        self.starts.pop()
+        self.times.pop()
+        self.partial = False
+
+    def _add(self, start: int, head: bytes) -> None:
+        when = _log_head(head)[0]
+        before = self.times[-1] if self.times else 0
+        if when is None:
+            when = before
+        elif when < before:
+            self.ordered = False
+        self.starts.append(start)
+        self.times.append(when)
+
+    def _scan(self, file: IO[bytes]) -> None:
+        file.seek(self.end)
+        head, position = b"", self.end
+        while not self.full:
+            block = file.read(_LOG_BLOCK)
+            if not block:
+                break
+            at = 0
+            while True:
+                stop = block.find(b"\n", at)
+                if stop < 0:
+                    head += block[at : at + LOG_HEADER - len(head)] if len(head) < LOG_HEADER else b""
+                    break
+                self._add(self.end, head + block[at : min(stop, at + LOG_HEADER)])
+                at, head = stop + 1, b""
+                self.end = position + at
+                if len(self.starts) >= LOG_INDEX_LINES:
+                    self.full = True
+                    break
+            position += len(block)
+        if head and not self.full and not _is_torn(head):
+            self._add(self.end, head)  # the last line has no \n yet
+            self.partial = True
+        file.seek(0)
+        self.first = file.read(min(64, self.end))
+        file.seek(max(0, self.end - 64))
+        self.last = file.read(min(64, self.end))
+
+    def timed(self, offset: int) -> Iterator[Tuple[int, int]]:
+        """(time, offset + line) of all lines, by time; lines of one time as they are written."""
+        times = self.times
+        lines: Sequence[int] = range(len(times))
+        if not self.ordered:
+            lines = sorted(lines, key=times.__getitem__)
+        return ((times[line], offset + line) for line in lines)
+
+    def span(self, index: int) -> Tuple[int, int]:
+        """(start, end) of a line in the file, without its \\n."""
+        if self.partial and index == len(self.starts) - 1:
+            return self.starts[index], self.mark[2]
+        following = self.starts[index + 1] if index + 1 < len(self.starts) else self.end
+        return self.starts[index], following - 1
+
+
+class _TaskLog:
+    """The lines of one stream of one attempt, of all its files, in order."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.lock = threading.Lock()
+        self.files = [_LogFile(name) for name in names]
+        self.order: Optional[array.array[int]] = None  # file * 2**48 + line, when it is not that of one file
+        self.only = 0
+        self.versions: List[int] = []
+
+    def update(self, opened: Sequence[Optional[IO[bytes]]]) -> None:
+        for file, handle in zip(self.files, opened):
+            file.update(handle)
+        versions = [file.version for file in self.files]
+        if versions == self.versions:
+            return
+        self.versions = versions
+        filled = [index for index, file in enumerate(self.files) if len(file.starts)]
+        self.only = filled[0] if filled else 0
+        self.order = None
+        if len(filled) > 1 or not self.files[self.only].ordered:
+            streams = [self.files[index].timed(index << 48) for index in filled]
+            self.order = array.array("Q", (packed for _, packed in heapq.merge(*streams)))
+
+    @property
+    def total(self) -> int:
+        return sum(len(file.starts) for file in self.files) + (1 if self.cut else 0)
+
+    @property
+    def cut(self) -> bool:
+        return any(file.full for file in self.files)
+
+    def place(self, row: int) -> Tuple[int, int]:
+        """(file, line in it) of a row."""
+        if self.order is None:
+            return self.only, row
+        packed = self.order[row]
+        return packed >> 48, packed & ((1 << 48) - 1)
+
+
+_logs_lock = threading.Lock()
+_logs: OrderedDict[Tuple[str, ...], _TaskLog] = OrderedDict()
+
+
+def _task_log(key: Tuple[str, ...], names: Sequence[str]) -> _TaskLog:
+    with _logs_lock:
+        log = _logs.pop(key, None) or _TaskLog(names)
+        _logs[key] = log
+        lines = 0
+        for other in reversed(list(_logs)):
+            lines += sum(len(file.starts) for file in _logs[other].files)
+            if other != key and (lines > LOG_CACHE_LINES or len(_logs) > LOG_CACHE_ENTRIES):
+                del _logs[other]
+        return log
+
+
+class _OpenLog:
+    """A task's log, up to date, with its files open; close it."""
+
+    def __init__(self, metaflow_dir: str, task: Sequence[str], attempt: int, stream: str) -> None:
+        if stream not in LOG_STREAMS:
+            raise ValueError(stream)
+        names = ["%d.%s_%s.log" % (attempt, source, stream) for source in _LOG_SOURCES] + [
+            "%d.%s.log" % (attempt, stream)
+        ]
+        self.log = _task_log((metaflow_dir, *task, str(attempt), stream), names)
+        self.opened = [_open_below(metaflow_dir, (*task, name)) for name in names]
+        if any(self.opened[:2]) and self.opened[2]:
+            self.opened[2].close()
+            self.opened[2] = None
+        self.found = any(self.opened)
+
+    def close(self) -> None:
+        for handle in self.opened:
+            if handle:
+                handle.close()
+
+    def head(self, row: int) -> Tuple[Optional[int], IO[bytes], int, int]:
+        """(time in microseconds, file, start and end of the message in it) of a row."""
+        index, line = self.log.place(row)
+        handle = self.opened[index]
+        assert handle is not None
+        start, end = self.log.files[index].span(line)
+        handle.seek(start)
+        when, skip = _log_head(handle.read(min(LOG_HEADER, end - start)))
+        return when, handle, start + skip, end
+
+
+def _log_task(
+    metaflow_dir: str, task: Sequence[str], attempt: int, stream: str, ds_type: Any, ds_root: Any
+) -> _OpenLog:
+    log = _OpenLog(metaflow_dir, task, attempt, stream)
+    if not log.found and not is_here(metaflow_dir, ds_type, ds_root):
+        raise not_local_problem(ds_type, ds_root)
+    return log
+
+
+def log_rows(
+    metaflow_dir: str,
+    task: Sequence[str],
+    attempt: int,
+    stream: str,
+    *,
+    limit: int = 1000,
+    page: int = 1,
+    reverse: bool = False,
+    ds_type: Any = None,
+    ds_root: Any = None,
+) -> LogPage:
+    """A page of a task's log. `task` = (flow, run, step, task id), `stream` "stdout" or "stderr", `limit` 0 =
+    all.
+
+    Rows count from 0 over the whole log. Pages are cut from the front; `reverse` counts them from the back,
+    so that its page 1 is the short remainder, and turns their rows round (ui backend: get_log_file_action). A
+    page that is not there has no rows. A task that has written nothing has no rows on one page. Raises
+    Problem(501, id=datastore-not-local) when there are no files and `ds_type`/`ds_root` (the task's metadata
+    `ds-type`, `ds-root`) name another place.
+    """
+    log = _log_task(metaflow_dir, task, attempt, stream, ds_type, ds_root)
+    try:
+        with log.log.lock:
+            log.log.update(log.opened)
+            total = log.log.total
+            limit = LOG_PAGE_ROWS if limit <= 0 else min(limit, LOG_PAGE_ROWS)
+            pages = max(-(-total // limit), 1)
+            if not 1 <= page <= pages:
+                return LogPage([], pages, total)
+            first = limit * (pages - page) if reverse else limit * (page - 1)
+            left = LOG_PAGE_BYTES
+            rows = []
+            for row in range(first, min(first + limit, total)):
+                text, when = _log_line(log, row, min(LOG_LINE_BYTES, max(left, 200)))
+                left -= len(text)
+                rows.append({"row": row, "timestamp": None if when is None else when // 1000, "line": text})
+    finally:
+        log.close()
+    return LogPage(rows[::-1] if reverse else rows, pages, total)
+
+
+def _log_line(log: _OpenLog, row: int, limit: int) -> Tuple[str, Optional[int]]:
+    if log.log.cut and row == log.log.total - 1:
+        return "... more lines than can be shown here: download the log to see them", None
+    when, handle, start, end = log.head(row)
+    handle.seek(start)
+    text = handle.read(min(end - start, limit)).decode("utf-8", "replace")
+    if end - start > limit:
+        text += " ... [%d more bytes: download the log to see them]" % (end - start - limit)
+    return text, when
+
+
+def log_file_name(task: Sequence[str], attempt: int, stream: str) -> str:
+    """The name under which a log is downloaded: stdout_Flow_run_step_task-attempt.txt."""
+    return "%s_%s-%d.txt" % (
+        stream,
+        "_".join(re.sub(r"[^\w.:-]", "_", part, flags=re.A) for part in task),
+        attempt,
+    )
+
+
+def log_text(
+    metaflow_dir: str,
+    task: Sequence[str],
+    attempt: int,
+    stream: str,
+    *,
+    ds_type: Any = None,
+    ds_root: Any = None,
+) -> Iterator[bytes]:
+    """The whole log in pieces of at most about 128 KiB, lines as they were printed, no newline after the last
+    one.
+
+    Opens the files at once (and raises as `log_rows` does); reads as it is iterated. Close it, or iterate to
+    the end.
+    """
+    log = _log_task(metaflow_dir, task, attempt, stream, ds_type, ds_root)
+    try:
+        with log.log.lock:
+            log.log.update(log.opened)
+            log.log = _frozen_log(log.log)
+    except BaseException:
+        log.close()
+        raise
+    return _log_pieces(log)
+
+
+def _frozen_log(log: _TaskLog) -> _TaskLog:
+    """A copy that the next reader's update does not change; call it with the lock held."""
+    copy = _TaskLog([])
+    for file in log.files:
+        kept = _LogFile(file.name)
+        for name in _LogFile.__slots__:
+            setattr(kept, name, getattr(file, name))
+        kept.starts = file.starts[:]
+        copy.files.append(kept)
+    copy.order, copy.only = log.order, log.only
+    return copy
+
+
+def _log_pieces(log: _OpenLog) -> Iterator[bytes]:
+    piece: List[bytes] = []
+    size = 0
+    try:
+        for data in _log_messages(log):
+            piece.append(data)
+            size += len(data)
+            if size >= 65536:
+                yield b"".join(piece)
+                piece, size = [], 0
+        if piece:
+            yield b"".join(piece)
+    finally:
+        log.close()
+
+
+def _log_messages(log: _OpenLog) -> Iterator[bytes]:
+    """The messages with a newline between them, in pieces of at most 64 KiB."""
+    for row in range(log.log.total - (1 if log.log.cut else 0)):
+        if row:
+            yield b"\n"
+        _, handle, start, end = log.head(row)
+        handle.seek(start)
+        while start < end:
+            data = handle.read(min(end - start, 65536))
+            if not data:
+                break
+            start += len(data)
+            yield data
+    for file, opened in zip(log.log.files, log.opened):
+        if file.full and opened is not None:  # lines beyond the index, file by file
+            opened.seek(file.end)
+            begins = True
+            while True:
+                line = opened.readline(65536)
+                if not line:
+                    break
+                text = line[_log_head(line)[1] if begins else 0 :]
+                yield (b"\n" if begins else b"") + (text[:-1] if text.endswith(b"\n") else text)
+                begins = line.endswith(b"\n")
+
+
+# Cards. <card root>/<Flow>/runs/<run>/steps/<step>/tasks/<task>/cards/<type>[-<id>]-<hash>.html, and the data
+# of cards that are refreshed while the task runs in .../runtime/<type>[-<id>]-<hash>.data.json
+# (metaflow/plugins/cards/card_datastore.py, the same from 2.12.0 to 2.19; cards of before June 2022 have no
+# steps/<step>). The card root is <.metaflow>/mf.cards, found from the directory in which the flow was
+# started, or METAFLOW_CARD_LOCALROOT; it does not follow the datastore's root.
+
+
+class _Card(NamedTuple):
+    type: str
+    id: Optional[str]
+    hash: str
+    root: str
+    parts: Tuple[str, ...]
+
+
+_CARD_NAME = re.compile(r"([^-/\\]{1,128})-(?:([^-/\\]{1,128})-)?([0-9A-Za-z]{1,64})\.(html|data\.json)").fullmatch
+
+
+def _card_places(task: Sequence[str], kind: str) -> List[Tuple[str, ...]]:
+    flow, run, step, task_id = task
+    return [
+        (flow, "runs", run, "steps", step, "tasks", task_id, kind),
+        (flow, "runs", run, "tasks", task_id, kind),
+    ]
+
+
+def _find_cards(metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str], kind: str) -> Iterator[_Card]:
+    """The files of one kind ("cards" or "runtime") of a task, first those in the place that Metaflow writes
+    to.
+    """
+    for root in [os.path.join(metaflow_dir, "mf.cards"), *card_roots]:
+        for place in _card_places(task, kind):
+            # The root itself may be a symlink only when it is given as a root: what is in .metaflow stays in
+            # .metaflow.
+            above, below = (
+                (metaflow_dir, ("mf.cards", *place))
+                if root == os.path.join(metaflow_dir, "mf.cards")
+                else (root, place)
+            )
+            found = False
+            for name in _list_below(above, below):
+                match = _CARD_NAME(name)
+                if match and (match.group(4) == "html") == (kind == "cards"):
+                    found = True
+                    yield _Card(match.group(1), match.group(2), match.group(3), above, (*below, name))
+            if found:
+                break
+
+
+def list_cards(metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str] = ()) -> List[Dict[str, Any]]:
+    """[{"id": text or None, "hash", "type"}] of a task's cards, those without an id first, then by type and
+    id.
+
+    `task` = (flow, run, step, task id). `card_roots`: more `mf.cards` directories to look into. A card of
+    which nothing is written yet is left out (the UI asks again).
+    """
+    cards: Dict[str, Tuple[Any, ...]] = {}
+    for card in _find_cards(metaflow_dir, task, card_roots, "cards"):
+        if card.hash in cards or len(cards) >= CARD_LIMIT:
+            continue
+        file = _open_below(card.root, card.parts)
+        if file is None:
+            continue
+        with file:
+            if os.fstat(file.fileno()).st_size:
+                cards[card.hash] = (card.id is not None, card.type, card.id or "", card.hash)
+    return [
+        {"id": id if named else None, "hash": hash, "type": type} for named, type, id, hash in sorted(cards.values())
+    ]
+
+
+def _read_card(
+    metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Sequence[str], kind: str
+) -> Optional[Tuple[_Card, bytes]]:
+    for card in _find_cards(metaflow_dir, task, card_roots, kind):
+        if card.hash == hash:
+            try:
+                data = _read_below(card.root, card.parts, CARD_BYTES)
+            except _OverLimit as error:
+                raise Problem(
+                    422, "The card is too large to show: %s bytes." % error.size, id="card-too-large"
+                ) from None
+            if data is not None:
+                return card, data
+    return None
+
+
+def card_html(metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Sequence[str] = ()) -> Optional[bytes]:
+    """The HTML of a card, None when there is none (yet). Raises Problem(422, id=card-too-large)."""
+    found = _read_card(metaflow_dir, task, hash, card_roots, "cards")
+    return found[1] if found and found[1] else None
+
+
+def card_data(
+    metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Sequence[str] = ()
+) -> Optional[Dict[str, Any]]:
+    """{"data": {"reload_token", "created_on", "data"}, "id", "type"} of a card, None when it has none (yet).
+
+    `data` is None while the file is half written: the UI then asks again (ui: card refresh).
+    """
+    found = _read_card(metaflow_dir, task, hash, card_roots, "runtime")
+    if found is None:
+        return None
+    card, raw = found
+    data: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        data = json.loads(raw, parse_constant=lambda name: None)  # NaN and Infinity are no JSON for a browser
+    return {"data": data if isinstance(data, dict) else None, "id": card.id, "type": card.type}
+
+
+# Search and foreach.
+
+
+def parse_search(text: str) -> Tuple[str, bool]:
+    """(what is looked for, whether it has to be all of the value): `"text"` in quotes means equal, else
+    contained.
+    """
+    if len(text) >= 2 and text.startswith('"') and text.endswith('"'):
+        return text[1:-1], True
+    return text, False
+
+
+def _search_row(record: Mapping[str, Any]) -> Dict[str, Any]:
+    """What a match says about its task; ids are strings, the UI compares them as such (ui: search)."""
+    return {
+        "flow_id": _art_field(record, "flow_id"),
+        "run_number": _art_field(record, "run_id") or _art_field(record, "run_number"),
+        "step_name": _art_field(record, "step_name"),
+        "task_id": _art_field(record, "task_name") or _art_field(record, "task_id"),
+    }
+
+
+def search_artifact(
+    metaflow_dir: str,
+    record: Mapping[str, Any],
+    value: Optional[str] = None,
+    *,
+    data_roots: Sequence[str] = (),
+) -> Optional[Dict[str, Any]]:
+    """The match of an artifact (already chosen by its name) with a search value, None when it does not match.
+
+    Without a value every artifact matches. Compared in lower case with str(value), as `parse_search` says.
+    One that cannot be read is a match with "searchable": False and "error": {id, detail, traceback} (api
+    4.5).
+    """
+    row = _search_row(record)
+    if value is None:
+        return {**row, "searchable": True}
+    read = read_artifact(metaflow_dir, record, data_roots=data_roots)
+    if read.error:
+        return {**row, "searchable": False, "error": read.error}
+    wanted, whole = parse_search(value)
+    text, wanted = read.text.lower(), wanted.lower()
+    return {**row, "searchable": True, "error": None} if (text == wanted if whole else wanted in text) else None
+
+
+def foreach_frames(value: Any) -> List[str]:
+    """["variable=value", ...], outermost first, from the value of metadata `foreach-stack`.
+
+    A JSON list since Metaflow 2.14.1, text before that; the service writes lists as {a=1,b=2}.
+    """
+    if isinstance(value, str):
+        inside = value.strip()
+        if inside[:1] == "[" and inside[-1:] == "]":
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(inside)
+        if isinstance(value, str):
+            if inside[:1] + inside[-1:] in ("{}", "[]"):
+                inside = inside[1:-1]
+            value = [part.strip().strip("\"'") for part in inside.split(",") if part.strip()]
+    return [str(part) for part in value] if isinstance(value, (list, tuple)) else []
+
+
+def search_foreach(record: Mapping[str, Any], key: str, value: Optional[str] = None) -> Optional[Dict[str, Any]]:
+    """The match of a `foreach-stack` metadata record with a search, None when it does not match.
+
+    `key=value` has to be part of one of its frames, or all of it when the value is in quotes; without a
+    value, `key` part of one. Unlike artifacts this minds case (ui backend: api/search.py).
+    """
+    frames = foreach_frames(record.get("value"))
+    wanted, whole = parse_search(value or "")
+    text = "%s=%s" % (key, wanted) if value else key
+    if not any(text == frame if whole else text in frame for frame in frames):
+        return None
+    return {**_search_row(record), "value": "{%s}" % ",".join(frames), "searchable": True}
+
+
+def foreach_label(task_id: Any, stack: Any = None, execution_path: Any = None) -> Optional[str]:
+    """`<task id>[<index in the outermost foreach>]`, None for a task in no foreach.
+
+    `stack`: the value of the task's `_foreach_stack` artifact, whose frames have the index in fourth place
+    (ui backend: task_refiner); or `execution_path`: metadata `foreach-execution-path`, "middle:0,leaf:1"
+    (Metaflow 2.14 and later).
+    """
+    index: Any = None
+    if isinstance(stack, (list, tuple)) and stack and isinstance(stack[0], tuple) and len(stack[0]) >= 4:
+        index = stack[0][3]
+    elif isinstance(execution_path, str):
+        index = execution_path.split(",")[0].rpartition(":")[2]
+    return "%s[%s]" % (task_id, index) if type(index) is int or (isinstance(index, str) and index.isdigit()) else None
+
+
+def foreach_depth(execution_path: Any = None, stack: Any = None) -> int:
+    """How many foreach a task is in, from its metadata `foreach-execution-path` or `foreach-stack`."""
+    if isinstance(execution_path, str) and execution_path:
+        return execution_path.count(",") + 1
+    return len(foreach_frames(stack))
+
+
+# ---- 8. HTTP: bytes in, request or error out ----
+MAX_CHUNK_EXTENSIONS = 16 * KIB  # bytes of chunk extensions in one body; nobody sends them, all are ignored
+# What Metaflow's client reads to choose its features; from 2.6.1 on it would switch to cursor paging.
+SERVICE_VERSION = "2.5.0"
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
+JSON_TYPE = "application/json"
+TEXT_TYPE = "text/plain; charset=utf-8"
+
+_HTTP_REASONS = {
+    **TITLES,
+    100: "Continue",
+    101: "Switching Protocols",
+    200: "OK",
+    204: "No Content",
+    206: "Partial Content",
+    301: "Moved Permanently",
+    302: "Found",
+    303: "See Other",
+    304: "Not Modified",
+    307: "Temporary Redirect",
+}
+
+_HTTP_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
+_HTTP_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
+_HTTP_TARGET = re.compile(r"/[!\"$-~]*")  # visible ASCII without "#"
+_HTTP_ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp]://([!\"$-.0->@-~]+)([/?][!\"$-~]*)?")
+_HTTP_LENGTH = re.compile(r"[0-9]{1,19}")
+_HTTP_CODINGS = re.compile(rf"{_HTTP_TOKEN.pattern}(?:[ \t]*,[ \t]*{_HTTP_TOKEN.pattern})*")
+_HTTP_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9A-Za-z._-]{1,255}))(?::([0-9]{1,5}))?")
+_HTTP_PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})?")
+_HTTP_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_HTTP_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+# The bytes that may stand inside a line: what translate() leaves over must be CRLF pairs, nothing else.
+_HTTP_TEXT = bytes(c for c in range(256) if c == 9 or (c >= 32 and c != 127))
+
+_HTTP_TOKEN_BYTES = _HTTP_TOKEN.pattern.encode()
+_HTTP_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*"
+    + _HTTP_TOKEN_BYTES
+    + rb"(?:[ \t]*=[ \t]*(?:"
+    + _HTTP_TOKEN_BYTES
+    + rb'|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"))?)*)'
+)
+_HTTP_CHUNK_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t\x20-\x7e\x80-\xff]*)?\r?)?")
+
+# Fields that mean one thing: a second one is how two readers of a message come to differ.
+_HTTP_SINGLETONS = frozenset(
+    (
+        "host",
+        "content-length",
+        "content-type",
+        "content-encoding",
+        "content-location",
+        "transfer-encoding",
+        "expect",
+        "origin",
+        "referer",
+        "user-agent",
+        "authorization",
+        "proxy-authorization",
+        "cookie",
+        "from",
+        "date",
+        "range",
+        "if-range",
+        "if-modified-since",
+        "if-unmodified-since",
+        "max-forwards",
+        "upgrade",
+        "x-api-key",
+        "x-mflocal-lease",
+        "sec-websocket-key",
+        "sec-websocket-version",
+        "sec-fetch-site",
+        "sec-fetch-mode",
+        "sec-fetch-dest",
+        "sec-fetch-user",
+        "access-control-request-method",
+    )
+)
+# The spellings that clients use, so that the usual name costs one lookup and neither a match nor a lower().
+_HTTP_NAMES = {
+    spelling: name
+    for name in (
+        "host",
+        "user-agent",
+        "accept",
+        "accept-encoding",
+        "accept-language",
+        "connection",
+        "content-length",
+        "content-type",
+        "cookie",
+        "origin",
+        "referer",
+        "cache-control",
+        "pragma",
+        "upgrade",
+        "transfer-encoding",
+        "expect",
+        "x-api-key",
+        "x-mflocal-lease",
+        "sec-fetch-site",
+        "sec-fetch-mode",
+        "sec-fetch-dest",
+        "sec-fetch-user",
+        "if-none-match",
+        "if-modified-since",
+        "upgrade-insecure-requests",
+    )
+    for spelling in (name, name.title())
+}
+
+
+@lru_cache(maxsize=256)
+def split_host(value: str) -> tuple[str, int | None]:
+    """Splits a Host value or the authority of a URL: "[::1]:80" -> ("::1", 80), "Name" -> ("name", None).
+
+    The host comes lower-case, without brackets, an IPv6 address in its shortest form. Anything else than
+    name|IPv4|[IPv6] with an optional port is Problem(400); no other exception is raised whatever the value.
+    """
+    match = _HTTP_AUTHORITY.fullmatch(value)
+    if match is None:
+        raise Problem(400, "the Host is malformed")
+    literal, name, digits = match.groups()
+    port = None if digits is None else int(digits)
+    if port is not None and port > 65535:
+        raise Problem(400, "the port in Host is out of range")
+    if literal is None:
+        return name.lower(), port
+    try:
+        return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, literal)), port
+    except OSError:
+        raise Problem(400, "the address in Host is malformed") from None
+
+
+def _percent_byte(match: re.Match[bytes]) -> bytes:
+    if match[1] is None:
+        raise Problem(400, "the URL has a % that is not followed by two hexadecimal digits")
+    return bytes((int(match[1], 16),))
+
+
+def percent_decode(text: str, *, plus: bool = False) -> str:
+    """Decodes a part of a URL once and strictly; with plus=True (query strings) "+" is a space.
+
+    Problem(400) for a "%" without two hexadecimal digits, for %00 and for what is not UTF-8.
+    """
+    if plus and "+" in text:
+        text = text.replace("+", " ")
+    if "%" not in text:
+        return text
+    try:
+        decoded = _HTTP_PERCENT.sub(_percent_byte, text.encode("ascii")).decode("utf-8")
+    except UnicodeError:
+        raise Problem(400, "the URL is not UTF-8") from None
+    if "\0" in decoded:
+        raise Problem(400, "the URL contains %00")
+    return decoded
+
+
+class Request:
+    """One request.
+
+    method: "GET", ...; path and query: as sent, undecoded (query "" when absent); authority: the Host, or
+    that of an absolute target, "" if an HTTP/1.0 client named none; headers: lower-case name -> value,
+    repeated fields joined with ", "; params: path parameters, decoded, set by the router; connection: set
+    by the server.
+    """
+
+    __slots__ = (
+        "method",
+        "path",
+        "query",
+        "authority",
+        "headers",
+        "body",
+        "http10",
+        "keep_alive",
+        "connection",
+        "params",
+        "_args",
+    )
+
+    def __init__(
+        self,
+        method: str,
+        path: str = "/",
+        query: str = "",
+        headers: dict[str, str] | None = None,
+        body: bytes = b"",
+        *,
+        authority: str = "",
+        http10: bool = False,
+        keep_alive: bool = True,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.authority = authority
+        self.headers: dict[str, str] = {} if headers is None else headers
+        self.body = body
+        self.http10 = http10
+        self.keep_alive = keep_alive
+        self.connection: Any = None
+        self.params: dict[str, str] = {}
+        self._args: list[tuple[str, str]] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Request {self.method} {self.path}>"
+
+    def json(self) -> Any:
+        """The body as JSON whatever Content-Type says (Metaflow's heartbeats have none); Problem(400)."""
+        return loads(self.body)
+
+    def args(self) -> list[tuple[str, str]]:
+        """The decoded (name, value) pairs of the query in their order, `a` being ("a", ""); Problem(400)."""
+        if self._args is None:
+            pairs = []
+            for part in self.query.split("&"):
+                if part:
+                    name, _, value = part.partition("=")
+                    pairs.append((percent_decode(name, plus=True), percent_decode(value, plus=True)))
+            self._args = pairs
+        return self._args
+
+    def arg(self, name: str, default: str | None = None) -> str | None:
+        """The last value of a query parameter."""
+        for key, value in reversed(self.args()):
+            if key == name:
+                return value
+        return default
+
+
+_AT_IDLE, _AT_HEAD, _AT_BODY, _AT_SIZE, _AT_DATA, _AT_DATA_END, _AT_TRAILERS, _AT_DONE = range(8)
+
+
+class RequestParser:
+    """Bytes in, requests out, for one connection; no I/O.
+
+    feed() what was read, then call next(): a request, or None when more bytes are needed. Call it again
+    only when that request has been answered; read little meanwhile (`buffered` says how much waits). The
+    first bad byte makes next() raise Problem with close=True; nothing behind it is looked at: from then on,
+    as after a request with `Connection: close`, next() returns None and feed() does nothing (`done`). What
+    comes out does not depend on how the bytes were cut into pieces.
+    """
+
+    __slots__ = (
+        "wants_continue",
+        "pending",
+        "_buf",
+        "_state",
+        "_eof",
+        "_skipped",
+        "_seen",
+        "_total",
+        "_count",
+        "_absolute",
+        "_need",
+        "_body",
+        "_chunks",
+        "_extensions",
+    )
+
+    def __init__(self) -> None:
+        # True when the client waits for CONTINUE before it sends a body; set it to False once that is sent.
+        self.wants_continue = False
+        # The request whose head has come and whose body has not: it can be refused before that is read.
+        self.pending: Request | None = None
+        self._buf = bytearray()
+        self._state = _AT_IDLE
+        self._eof = False
+        self._skipped = False
+        self._absolute = False
+        self._need = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._seen = 0  # bytes of the unfinished line that have been checked
+        self._total = 0  # bytes of the finished lines
+        self._count = 0  # header lines
+        self._body = bytearray()
+        self._chunks = 0
+        self._extensions = 0
+
+    @property
+    def phase(self) -> str:
+        """What is waited for: "idle" (the next request), "head", "body"; or "done"."""
+        if self._state == _AT_IDLE:
+            return "head" if self._buf else "idle"
+        return "head" if self._state == _AT_HEAD else "done" if self._state == _AT_DONE else "body"
+
+    @property
+    def in_message(self) -> bool:
+        """True when a request has begun to arrive and is not complete."""
+        return self.phase in ("head", "body")
+
+    @property
+    def done(self) -> bool:
+        """True when nothing more will be parsed on this connection."""
+        return self._state == _AT_DONE
+
+    @property
+    def buffered(self) -> int:
+        """Bytes received and not yet used."""
+        return len(self._buf)
+
+    def feed(self, data: bytes) -> None:
+        if self._state != _AT_DONE:
+            self.wants_continue = False
+            self._buf += data
+
+    def eof(self) -> None:
+        """No more bytes will come: next() still returns complete requests, then raises if one was cut off."""
+        self._eof = True
+
+    def rest(self) -> bytes:
+        """Ends the parsing (another protocol takes over); returns the bytes behind the last request."""
+        data = bytes(self._buf)
+        self._buf.clear()
+        self._state = _AT_DONE
+        return data
+
+    def next(self) -> Request | None:
+        """The next complete request, or None; Problem (close=True) at the first bad byte."""
+        try:
+            waiting = self._state <= _AT_HEAD and not self._read_head()
+            request = None if waiting else self._read_body()
+            if request is None and self._eof and self.in_message:
+                raise Problem(400, "the connection was closed in the middle of a request")
+            return request
+        except Problem as problem:
+            problem.close = True
+            self.rest()
+            self.pending = None
+            self.wants_continue = False
+            raise
+
+    def _read_head(self) -> bool:
+        """True when a head has been taken: a complete, small one at one go, all else line by line."""
+        buf = self._buf
+        if self._state == _AT_IDLE:
+            end = buf.find(b"\r\n\r\n", 0, MAX_LINE)
+            if end > 0 and buf[0] > 32:
+                head = buf[:end]
+                lines = head.decode("latin-1").split("\r\n")
+                if len(lines) <= MAX_HEADERS and len(head.translate(None, _HTTP_TEXT)) == 2 * len(lines) - 2:
+                    del buf[: end + 4]
+                    request = self._request_line(lines[0])
+                    del lines[0]
+                    _add_fields(request.headers, lines)
+                    self._head_complete(request)
+                    return True
+            if not self._begin():
+                return False
+        if not self._take_lines():
+            return False
+        assert self.pending is not None
+        self._reset()
+        self._head_complete(self.pending)
+        return True
+
+    def _begin(self) -> bool:
+        """Looks at the first byte: one empty line is forgiven, what cannot be HTTP fails at once."""
+        buf = self._buf
+        if not self._skipped and buf.startswith(b"\r\n"):
+            del buf[:2]
+            self._skipped = True
+        if not buf or (buf == b"\r" and not self._skipped):
+            return False
+        if not 32 < buf[0] < 127:
+            raise Problem(400, "this is not HTTP")
+        self._state = _AT_HEAD
+        return True
+
+    def _take_lines(self) -> bool:
+        """Takes complete lines out of the buffer, head or trailers; True when the empty line has come."""
+        buf = self._buf
+        start = 0
+        try:
+            while True:
+                end = buf.find(b"\r\n", start + max(self._seen - 1, 0))
+                text = bytes(buf[start:end] if end >= 0 else buf[start:])
+                self._check_text(text, end >= 0)
+                if end < 0:
+                    self._seen = len(text)
+                    return False
+                start = end + 2
+                self._seen = 0
+                self._total += len(text) + 2
+                if not text:
+                    return True
+                self._take_line(text.decode("latin-1"))
+        finally:
+            del buf[:start]
+
+    def _take_line(self, line: str) -> None:
+        if self._state == _AT_HEAD and self.pending is None:
+            self.pending = self._request_line(line)
+            return
+        self._count += 1
+        if self._count > MAX_HEADERS:
+            raise Problem(431, f"more than {MAX_HEADERS} header fields")
+        if self._state == _AT_HEAD:
+            assert self.pending is not None
+            _add_fields(self.pending.headers, (line,))
+        else:
+            _add_fields({}, (line,))  # trailers must be well formed, and mean nothing here
+
+    def _check_text(self, text: bytes, complete: bool) -> None:
+        """Refuses a control character or a line that is too long, whichever comes first in it.
+
+        A CR is known to be wrong only when the byte behind it is not LF.
+        """
+        first = self._state == _AT_HEAD and self.pending is None
+        room = max(min(MAX_LINE, MAX_HEADER_BYTES - self._total), 0)
+        bad = _HTTP_CONTROL.search(text, max(self._seen - 1, 0))
+        if bad is not None:
+            at = bad.start()
+            if text[at] != 13:
+                if at <= room:
+                    raise Problem(400, "a control character or a bare LF in the head of the request")
+            elif (complete or at + 1 < len(text)) and at <= room:
+                raise Problem(400, "a bare CR in the head of the request")
+        if len(text) > room and text[room] != 13:
+            if first:
+                raise Problem(414, f"the request line is longer than {MAX_LINE} bytes")
+            raise Problem(431, f"a header line of over {MAX_LINE} bytes, or over {MAX_HEADER_BYTES} in all")
+
+    def _request_line(self, line: str) -> Request:
+        parts = line.split(" ")
+        if len(parts) != 3:
+            raise Problem(400, "the request line is not: method, target and version, one space between")
+        method, target, version = parts
+        if version != "HTTP/1.1" and version != "HTTP/1.0":
+            if _HTTP_VERSION.fullmatch(version) is None:
+                raise Problem(400, "the HTTP version is malformed")
+            raise Problem(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        if method not in _HTTP_METHODS:
+            if _HTTP_TOKEN.fullmatch(method) is None or method != method.upper():
+                raise Problem(400, "the method is malformed (methods are upper-case)")
+            raise Problem(501, "the method is not implemented")
+        if method == "CONNECT":
+            raise Problem(405, "this is no proxy", headers={"Allow": "GET, HEAD, POST, PATCH, OPTIONS"})
+        authority = ""
+        self._absolute = False
+        if _HTTP_TARGET.fullmatch(target) is None:
+            absolute = _HTTP_ABSOLUTE.fullmatch(target)
+            if absolute is not None:
+                authority = absolute[1]
+                split_host(authority)
+                self._absolute = True
+                target = absolute[2] or "/"
+                if target[0] == "?":
+                    target = "/" + target
+            elif target != "*" or method != "OPTIONS":
+                raise Problem(400, "the request target is malformed")
+        path, _, query = target.partition("?")
+        return Request(method, path, query, authority=authority, http10=version == "HTTP/1.0")
+
+    def _head_complete(self, request: Request) -> None:
+        """Checks what the header fields say together and settles how the body is framed."""
+        self.pending = request
+        headers = request.headers
+        host = headers.get("host")
+        if host is None:
+            if not request.http10:
+                raise Problem(400, "an HTTP/1.1 request needs a Host")
+        elif not self._absolute:
+            split_host(host)
+            request.authority = host
+        elif _host_and_port(host) != _host_and_port(request.authority):
+            raise Problem(400, "Host and the target of the request differ")
+        connection = headers.get("connection")
+        if connection is None:
+            request.keep_alive = not request.http10
+        elif connection != "keep-alive":
+            tokens = [token.strip(" \t") for token in connection.lower().split(",")]
+            request.keep_alive = "close" not in tokens and (not request.http10 or "keep-alive" in tokens)
+        length = headers.get("content-length")
+        coding = headers.get("transfer-encoding")
+        if coding is not None:
+            _check_coding(coding, length, request.http10)
+            self._state = _AT_SIZE
+        else:
+            self._state = _AT_BODY
+            self._need = 0
+            if length is not None:
+                if _HTTP_LENGTH.fullmatch(length) is None:
+                    raise Problem(400, "Content-Length is not a number")
+                self._need = int(length)
+                if self._need > MAX_BODY:
+                    raise _too_large()
+        expect = headers.get("expect")
+        if expect is not None and not request.http10:
+            if expect.lower() != "100-continue":
+                raise Problem(417, "only 100-continue can be expected")
+            self.wants_continue = not self._buf and (coding is not None or self._need > 0)
+
+    def _read_body(self) -> Request | None:
+        buf = self._buf
+        request = self.pending
+        if request is None:
+            return None
+        if self._state == _AT_BODY:
+            need = self._need
+            if need:
+                if len(buf) < need:
+                    return None
+                request.body = bytes(buf[:need])
+                del buf[:need]
+        else:
+            if not self._take_chunks():
+                return None
+            request.body = bytes(self._body)
+            self._reset()
+        self.pending = None
+        self._skipped = False
+        self._state = _AT_IDLE
+        if not request.keep_alive:
+            self.rest()
+        return request
+
+    def _take_chunks(self) -> bool:
+        """Moves chunks from the buffer to the body; True when the last one and the trailers have come."""
+        buf = self._buf
+        start = 0
+        while self._state != _AT_TRAILERS:
+            if self._state == _AT_SIZE:
+                end = buf.find(b"\r\n", start, start + MAX_CHUNK_LINE + 2)
+                if end < 0:
+                    begun = bytes(buf[start : start + MAX_CHUNK_LINE + 2])
+                    if len(begun.rstrip(b"\r")) > MAX_CHUNK_LINE or not _HTTP_CHUNK_BEGUN.fullmatch(begun):
+                        raise Problem(400, "a chunk's size line is malformed")
+                    break
+                self._chunk_size(bytes(buf[start:end]))
+                start = end + 2
+            elif self._state == _AT_DATA:
+                data = buf[start : start + self._need]
+                if not data:
+                    break
+                self._body += data
+                start += len(data)
+                self._need -= len(data)
+                if self._need:
+                    break
+                self._state = _AT_DATA_END
+            else:
+                if not b"\r\n".startswith(buf[start : start + 2]):
+                    raise Problem(400, "a chunk does not end where its size says")
+                if len(buf) - start < 2:
+                    break
+                start += 2
+                self._state = _AT_SIZE
+        del buf[:start]
+        return self._state == _AT_TRAILERS and self._take_lines()
+
+    def _chunk_size(self, line: bytes) -> None:
+        match = _HTTP_CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise Problem(400, "a chunk's size line is malformed")
+        self._need = int(match[1], 16)
+        self._chunks += 1
+        self._extensions += len(match[2])
+        if self._extensions > MAX_CHUNK_EXTENSIONS:
+            raise Problem(400, "too many chunk extensions")
+        if self._need > MAX_BODY - len(self._body):
+            raise _too_large()
+        if self._chunks > MAX_CHUNKS:
+            raise Problem(413, f"the body comes in more than {MAX_CHUNKS} chunks")
+        self._state = _AT_DATA if self._need else _AT_TRAILERS
+
+
+def _too_large() -> Problem:
+    return Problem(413, f"the body is larger than {MAX_BODY} bytes")
+
+
+def _host_and_port(authority: str) -> tuple[str, int]:
+    host, port = split_host(authority)
+    return host, 80 if port is None else port
+
+
+def _check_coding(coding: str, length: str | None, http10: bool) -> None:
+    if length is not None:
+        raise Problem(400, "both Content-Length and Transfer-Encoding")
+    if http10:
+        raise Problem(400, "Transfer-Encoding in an HTTP/1.0 request")
+    if coding.lower() != "chunked":
+        if _HTTP_CODINGS.fullmatch(coding) is None or coding.lower().count("chunked") > 1:
+            raise Problem(400, "Transfer-Encoding is malformed")
+        raise Problem(501, "the only transfer coding is chunked")
+
+
+def _add_fields(headers: dict[str, str], lines: Iterable[str]) -> None:
+    """Adds header lines (whose bytes have been checked) to the dict; Problem(400)."""
+    for line in lines:
+        field, colon, value = line.partition(":")
+        name = _HTTP_NAMES.get(field)
+        if name is None or not colon:
+            name = _field_name(field, colon)
+        value = value.strip(" \t")
+        if name in headers:
+            if name in _HTTP_SINGLETONS:
+                raise Problem(400, f"more than one {name} field")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+
+
+def _field_name(field: str, colon: str) -> str:
+    if field[:1] in (" ", "\t"):
+        raise Problem(400, "a header field is folded over several lines")
+    if not colon:
+        raise Problem(400, "a header line without a colon")
+    if _HTTP_TOKEN.fullmatch(field) is None:
+        raise Problem(400, "the name of a header field is malformed")
+    return field.lower()
+
+
+# Framing belongs to encode(): a handler that could set these could break the connection for the next request.
+_HTTP_FRAMING = frozenset(("content-length", "transfer-encoding", "connection", "content-type"))
+
+
+def _header_line(name: str, value: str) -> bytes:
+    """The one place where a header line is made: refuses whatever could end the line or start another."""
+    if _HTTP_TOKEN.fullmatch(name) is None or _HTTP_VALUE.fullmatch(value) is None:
+        raise ValueError(f"not fit for a response header: {name!r}: {value!r}")
+    return f"{name}: {value}\r\n".encode("latin-1")
+
+
+@lru_cache(maxsize=256)
+def _header_lines(headers: tuple[tuple[str, str], ...]) -> bytes:
+    return b"".join([_header_line(name, value) for name, value in headers])
+
+
+@lru_cache(maxsize=256)
+def _head_start(status: int, content_type: str) -> bytes:
+    """The status line and the fields that every answer of this kind has."""
+    if not 100 <= status <= 599:
+        raise ValueError(f"no HTTP status: {status!r}")
+    headers = [("METADATA_SERVICE_VERSION", SERVICE_VERSION), ("X-Content-Type-Options", "nosniff")]
+    if content_type:
+        headers.append(("Content-Type", content_type))
+    line = f"HTTP/1.1 {status} {_HTTP_REASONS.get(status, 'Unknown')}\r\n"
+    return line.encode("ascii") + _header_lines(tuple(headers))
+
+
+class Response:
+    """One answer: status, content_type, and body or stream (an async iterator of bytes, sent chunked).
+
+    headers is a list of (name, value); Content-Length, Transfer-Encoding and Connection are encode()'s own.
+    """
+
+    __slots__ = ("status", "body", "content_type", "headers", "stream")
+
+    def __init__(
+        self,
+        status: int = 200,
+        body: bytes = b"",
+        content_type: str = "",
+        headers: Iterable[tuple[str, str]] = (),
+        stream: AsyncIterator[bytes] | None = None,
+    ) -> None:
+        self.status = status
+        self.body = body
+        self.content_type = content_type
+        self.headers: list[tuple[str, str]] = list(headers)
+        self.stream = stream
+
+    def __repr__(self) -> str:
+        return f"<Response {self.status} {self.content_type}>"
+
+    def keeps_alive(self, request: Request | None) -> bool:
+        """Whether another request may follow on the connection; `request` None: what came was unreadable."""
+        if request is None or not request.keep_alive:
+            return False
+        return self.stream is None or not request.http10
+
+    def encode(
+        self, request: Request | None = None, *, close: bool = False, extra: tuple[tuple[str, str], ...] = ()
+    ) -> bytes:
+        """The answer to `request` as bytes: head and body, or only the head when there is a stream.
+
+        A stream's pieces then follow through encode_chunk() and LAST_CHUNK; to HTTP/1.0 they go as they are
+        and the close ends them; to HEAD none go. request=None answers what could not be parsed, and closes.
+        `extra`: headers that many answers share (cors_headers), encoded once. ValueError if a header would
+        break the framing (answer 500 then).
+        """
+        status = self.status
+        bodiless = status < 200 or status == 204 or status == 304
+        parts = [_head_start(status, "" if bodiless else self.content_type)]
+        if extra:
+            parts.append(_header_lines(extra))
+        for name, value in self.headers:
+            if name.lower() in _HTTP_FRAMING and not (status == 101 and name.lower() == "connection"):
+                raise ValueError(f"{name} is not for handlers to set")
+            parts.append(_header_line(name, value))
+        if status >= 200:
+            if close or not self.keeps_alive(request):
+                parts.append(b"Connection: close\r\n")
+            elif request is not None and request.http10:
+                parts.append(b"Connection: keep-alive\r\n")
+        if bodiless:
+            if status == 304 and self.body:
+                parts.append(b"Content-Length: %d\r\n" % len(self.body))
+            parts.append(b"\r\n")
+        elif self.stream is not None:
+            chunked = request is None or not request.http10
+            parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"\r\n")
+        else:
+            parts.append(b"Content-Length: %d\r\n\r\n" % len(self.body))
+            if request is None or request.method != "HEAD":
+                parts.append(self.body)
+        return b"".join(parts)
+
+
+def encode_chunk(data: bytes) -> bytes:
+    """One piece of a stream as a chunk; an empty piece is nothing at all, as an empty chunk is the end."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def json_response(value: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()) -> Response:
+    """An answer in JSON."""
+    return Response(status, dumps(value), JSON_TYPE, headers)
+
+
+def text_response(
+    text: str, status: int = 200, content_type: str = TEXT_TYPE, headers: Iterable[tuple[str, str]] = ()
+) -> Response:
+    """An answer in text, sent as UTF-8."""
+    return Response(status, text.encode("utf-8"), content_type, headers)
+
+
+def problem_response(problem: Problem) -> Response:
+    """The JSON answer that a Problem stands for; the caller closes the connection if problem.close."""
+    return json_response(problem.body(), problem.status, problem.headers.items())
+
+
+# ---- 9. WebSocket: the server's side of RFC 6455, without I/O ----
+
+# Payload of a control frame (RFC 6455, 5.5); a close frame spends two of them on its code.
+_WS_MAX_CONTROL = 125
+_WS_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+_WS_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # base64 of exactly 16 bytes
+_WS_CONTINUATION, _WS_TEXT, _WS_BINARY, _WS_CLOSE, _WS_PING, _WS_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+_WS_OPCODES = frozenset((_WS_CONTINUATION, _WS_TEXT, _WS_BINARY, _WS_CLOSE, _WS_PING, _WS_PONG))
+_WS_EXTENDED = {126: 2, 127: 8}  # 7-bit length -> bytes of the length that follows
+
+
+def websocket_handshake(request: Request) -> list[tuple[str, str]]:
+    """Check an opening handshake (RFC 6455, 4.2.1) and return the headers of the 101 answer.
+
+    Raises Problem 405 (not GET), 400 (HTTP/1.0, a body, a missing, doubled or malformed key) or 426 (no
+    upgrade to websocket asked for, or a version other than 13). Extensions and subprotocols that the client
+    offers are not taken up, which the RFC allows. Host, Origin and key are the business of section 10.
+    """
+    if request.method != "GET":
+        raise Problem(405, "a WebSocket is opened with GET", headers={"Allow": "GET"})
+    if request.http10:
+        raise Problem(400, "a WebSocket needs HTTP/1.1")
+    if request.body:  # bytes after the head would have two readings: body or frames
+        raise Problem(400, "a WebSocket handshake has no body", close=True)
+    headers = request.headers
+    tokens = [token.strip().lower() for token in headers.get("connection", "").split(",")]
+    if "upgrade" not in tokens or headers.get("upgrade", "").strip().lower() != "websocket":
+        raise _upgrade_required("here a request must ask for an upgrade to websocket")
+    if headers.get("sec-websocket-version", "").strip() != "13":
+        raise _upgrade_required("only version 13 of WebSocket is spoken here")
+    key = headers.get("sec-websocket-key", "").strip()
+    if not _WS_KEY.fullmatch(key):
+        raise Problem(400, "Sec-WebSocket-Key must be there once, with 16 bytes in base64")
+    digest = hashlib.sha1((key + _WS_GUID).encode("ascii"), usedforsecurity=False).digest()
+    accept = base64.b64encode(digest).decode("ascii")
+    return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
+
+
+def _upgrade_required(detail: str) -> Problem:
+    """The 426 answer; RFC 9110 (15.5.22) wants Upgrade in it, RFC 6455 (4.4) the version that is spoken."""
+    return Problem(426, detail, headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"})
+
+
+def switching_protocols(headers: list[tuple[str, str]]) -> bytes:
+    """The whole 101 answer; frames follow at once. ValueError for a header that is not fit to be sent."""
+    return Response(101, headers=headers).encode()
+
+
+class Text(NamedTuple):
+    """A whole text message."""
+
+    data: str
+
+
+class Ping(NamedTuple):
+    """A ping: answer with `pong(payload)`."""
+
+    payload: bytes
+
+
+class Pong(NamedTuple):
+    """The answer to a ping of ours, or an unsolicited sign of life."""
+
+    payload: bytes
+
+
+class Close(NamedTuple):
+    """The last event: the client closed, or broke a rule.
+
+    `code` 1002, 1003, 1007 or 1009 with our reason for a broken rule; else the client's own code and reason
+    (1005 and "" when it gave none). Send `close(code, reason)`, then end the TCP connection.
+    """
+
+    code: int
+    reason: str
+
+
+WebSocketEvent = Union[Text, Ping, Pong, Close]
+
+
+class _Violation(Exception):
+    """The client broke a rule; the connection fails with `code` (RFC 6455, 7.4.1) and `reason`."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+
+def _unmask(data: bytes, key: bytes) -> bytes:
+    """XOR with the repeated 4-byte key, as one long integer: far faster than a loop over bytes."""
+    size = len(data)
+    pad = (key * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
+
+
+def _server_frame(opcode: int, payload: bytes) -> bytes:
+    """One unfragmented, unmasked frame with the shortest form of its length."""
+    size = len(payload)
+    if size < 126:
+        head = bytes((0x80 | opcode, size))
+    elif size < 1 << 16:
+        head = bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big")
+    return head + payload
+
+
+def _may_be_sent(code: int) -> bool:
+    """Whether a close frame may carry this code (RFC 6455, 7.4, and the IANA registry: 1012 to 1014)."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+def _close_payload(payload: bytes) -> Close:
+    """Read a client's close frame; _Violation 1002 (length, code) or 1007 (reason is not UTF-8)."""
+    if not payload:
+        return Close(1005, "")
+    if len(payload) == 1:
+        raise _Violation(1002, "close frame with half a code")
+    code = int.from_bytes(payload[:2], "big")
+    if not _may_be_sent(code):
+        raise _Violation(1002, f"close code {code} is not for sending")
+    try:
+        return Close(code, payload[2:].decode("utf-8"))
+    except UnicodeDecodeError:
+        raise _Violation(1007, "close reason is not UTF-8") from None
+
+
+class WebSocketProtocol:
+    """The frames of one open connection: `feed` takes the client's bytes, the other methods make ours.
+
+    state: "open"; "closing" once a close frame was made or an event Close given out; "closed" after both.
+    Unless open, send_text, ping and pong return b"" (a broadcast need not ask). After the event Close all
+    later bytes are discarded. Timers (own pings, silence, waiting for the client's close frame) belong to the
+    server, which should also let its writer drain: one read can hold thousands of empty pings.
+
+    Deviations from the Autobahn test suite:
+    - 12.*, 13.*: no compression; permessage-deflate is never negotiated, so RSV1 is an error (1002).
+    - 1.2.*, 9.2.*, 9.4.*, 9.6.*, 9.8.*: text only; the head of a binary message fails with 1003.
+    - 7.1.6, 9.1.2 to 9.1.6, 9.3.*, 9.5.*: messages over WS_MAX_MESSAGE fail with 1009 as soon as a head
+      declares them, as do messages in more than WS_MAX_FRAGMENTS frames.
+    - 7.13.*: close codes from 5000 on, which the suite leaves open, fail with 1002.
+    - Close codes registered after the RFC: 1012 to 1014 are accepted; 1015 to 2999 are not.
+    - What the client sends after our close frame is checked, but only its close frame becomes an event.
+    """
+
+    def __init__(self, max_message: int = WS_MAX_MESSAGE, max_fragments: int = WS_MAX_FRAGMENTS) -> None:
+        self._max_message = max_message
+        self._max_fragments = max_fragments
+        self._buffer = bytearray()  # not yet read: at most one head and what the last feed brought
+        self._sent = False  # our close frame was made
+        self._ended = False  # the event Close was given out
+        self._in_frame = False  # between the head of a frame and the end of its payload
+        self._fin = False
+        self._opcode = 0
+        self._left = 0  # payload bytes of the frame still to come
+        self._key = b""  # mask, turned so that it begins at the next payload byte
+        self._control = bytearray()
+        self._message = bytearray()
+        self._fragments = 0  # frames of the unfinished message; 0 = there is none
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+
+    @property
+    def state(self) -> str:
+        """One of "open", "closing" and "closed", see above."""
+        return ("open", "closing", "closed")[self._sent + self._ended]
+
+    def feed(self, data: bytes) -> list[WebSocketEvent]:
+        """Take bytes from the socket, in pieces of any size; never raises for what is in them."""
+        events: list[WebSocketEvent] = []
+        if self._ended:
+            return events
+        self._buffer += data
+        try:
+            while not self._ended and (self._payload(events) if self._in_frame else self._head()):
+                pass
+        except _Violation as violation:
+            self._end(Close(violation.code, violation.reason), events)
+        return events
+
+    def send_text(self, text: str | bytes) -> bytes:
+        """A text message; bytes must be UTF-8 already (JSON from dumps). b"" unless open."""
+        payload = text.encode("utf-8") if isinstance(text, str) else text
+        return self._send(_WS_TEXT, payload)
+
+    def ping(self, payload: bytes = b"") -> bytes:
+        """A ping; ValueError over 125 bytes. b"" unless open."""
+        return self._send(_WS_PING, payload)
+
+    def pong(self, payload: bytes = b"") -> bytes:
+        """The answer to a Ping with this payload; ValueError over 125 bytes. b"" unless open."""
+        return self._send(_WS_PONG, payload)
+
+    def close(self, code: int = 1000, reason: str = "") -> bytes:
+        """The one close frame, to begin or to answer a closing handshake; b"" when it was made before.
+
+        The reason is cut to the 123 bytes that fit. 1005 makes a frame without a code, the answer to one
+        without. ValueError for other codes that must not be sent.
+        """
+        if code != 1005 and not _may_be_sent(code):
+            raise ValueError(f"close code {code} must not be sent")
+        if self._sent:
+            return b""
+        self._sent = True
+        if code == 1005:
+            return _server_frame(_WS_CLOSE, b"")
+        text = reason.encode("utf-8", "replace")[: _WS_MAX_CONTROL - 2].decode("utf-8", "ignore")
+        return _server_frame(_WS_CLOSE, code.to_bytes(2, "big") + text.encode("utf-8"))
+
+    def _send(self, opcode: int, payload: bytes) -> bytes:
+        if opcode & 0x8 and len(payload) > _WS_MAX_CONTROL:
+            raise ValueError(f"control frames carry at most {_WS_MAX_CONTROL} bytes")
+        return b"" if self._sent or self._ended else _server_frame(opcode, payload)
+
+    def _head(self) -> bool:
+        """Read the head of a frame off the buffer; False = needs more bytes. Fails as early as it can."""
+        buffer = self._buffer
+        if not buffer:
+            return False
+        self._check_first(buffer[0])
+        if len(buffer) < 2:
+            return False
+        fin, opcode, short = bool(buffer[0] & 0x80), buffer[0] & 0x0F, buffer[1] & 0x7F
+        if not buffer[1] & 0x80:
+            raise _Violation(1002, "frame without a mask")
+        if opcode & 0x8 and short > _WS_MAX_CONTROL:
+            raise _Violation(1002, f"control frame longer than {_WS_MAX_CONTROL} bytes")
+        if opcode == _WS_BINARY:
+            raise _Violation(1003, "binary messages are not accepted")
+        start = 2 + _WS_EXTENDED.get(short, 0)
+        if len(buffer) < start:
+            return False
+        length = int.from_bytes(buffer[2:start], "big") if start > 2 else short
+        self._check_length(opcode, short, length)
+        if len(buffer) < start + 4:
+            return False
+        self._key = bytes(buffer[start : start + 4])
+        del buffer[: start + 4]
+        self._in_frame, self._fin, self._opcode, self._left = True, fin, opcode, length
+        if not opcode & 0x8:
+            self._fragments += 1
+        return True
+
+    def _check_first(self, first: int) -> None:
+        """The first byte of a frame: FIN, reserved bits, opcode, and whether the opcode fits here."""
+        opcode = first & 0x0F
+        if first & 0x70:
+            raise _Violation(1002, "reserved bit set")
+        if opcode not in _WS_OPCODES:
+            raise _Violation(1002, f"unknown opcode {opcode}")
+        if opcode & 0x8:
+            if not first & 0x80:
+                raise _Violation(1002, "control frame in fragments")
+        elif opcode == _WS_CONTINUATION:
+            if not self._fragments:
+                raise _Violation(1002, "continuation of nothing")
+            if self._fragments >= self._max_fragments:
+                raise _Violation(1009, f"message in more than {self._max_fragments} frames")
+        elif self._fragments:
+            raise _Violation(1002, "new message inside a fragmented one")
+
+    def _check_length(self, opcode: int, short: int, length: int) -> None:
+        """The declared length, before a byte of payload is kept."""
+        if length >> 63:
+            raise _Violation(1002, "length with its top bit set")
+        if (short == 126 and length < 126) or (short == 127 and length < 1 << 16):
+            raise _Violation(1002, "length not in its shortest form")
+        if not opcode & 0x8 and len(self._message) + length > self._max_message:
+            raise _Violation(1009, f"message longer than {self._max_message} bytes")
+
+    def _payload(self, events: list[WebSocketEvent]) -> bool:
+        """Take what is there of the frame's payload; False = needs more bytes."""
+        piece = _unmask(bytes(self._buffer[: self._left]), self._key)
+        size = len(piece)
+        del self._buffer[:size]
+        self._left -= size
+        self._key = self._key[size % 4 :] + self._key[: size % 4]
+        if self._opcode & 0x8:
+            self._control += piece
+        else:
+            self._message += piece
+            try:  # at once, so that invalid text fails before the rest of it has come
+                self._utf8.decode(piece, self._fin and not self._left)
+            except UnicodeDecodeError:
+                raise _Violation(1007, "text is not UTF-8") from None
+        if self._left:
+            return False
+        self._in_frame = False
+        if self._opcode & 0x8:
+            self._control_frame(events)
+        elif self._fin:
+            self._give(Text(self._message.decode("utf-8")), events)
+            self._message.clear()
+            self._fragments = 0
+        return True
+
+    def _control_frame(self, events: list[WebSocketEvent]) -> None:
+        payload = bytes(self._control)
+        self._control.clear()
+        if self._opcode == _WS_CLOSE:
+            self._end(_close_payload(payload), events)
+        else:
+            self._give(Ping(payload) if self._opcode == _WS_PING else Pong(payload), events)
+
+    def _give(self, event: WebSocketEvent, events: list[WebSocketEvent]) -> None:
+        if not self._sent:  # after our close frame nobody wants, or may answer, anything but the client's
+            events.append(event)
+
+    def _end(self, event: Close, events: list[WebSocketEvent]) -> None:
+        self._ended = True
+        self._buffer.clear()
+        self._message.clear()
+        self._control.clear()
+        events.append(event)
+
+
+# ---- 10. Router and access: which handler, and who may ask ----
+KEY_HEADER = "x-api-key"  # what Metaflow's client sends when METAFLOW_SERVICE_AUTH_KEY is set
+KEY_COOKIE = "mflocal_key"  # what a browser that opened the one-time URL sends; good for reading only
+KEYLESS_PATHS = frozenset(("/ping",))  # says nothing but that we live, to those who do not know the key yet
+PREFLIGHT_MAX_AGE = 600  # s that a browser may remember a preflight; the most that all of them honour
+
+# A handler returns a Response, an awaitable of one, or what section 14 takes over (a WebSocket).
+Handler = Callable[[Request], Any]
+Headers = tuple[tuple[str, str], ...]
+
+# Methods that change nothing (RFC 9110, 9.2.1): a mere link causes them, so they are not guarded as writes.
+SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
+
+
+class _Place:
+    """A place in the tree of paths: literal children by text, one child for any text, handlers by method."""
+
+    __slots__ = ("literals", "wild", "handlers")
+
+    def __init__(self) -> None:
+        self.literals: dict[str, _Place] = {}
+        self.wild: _Place | None = None
+        self.handlers: dict[str, tuple[Handler, tuple[str, ...]]] = {}
+
+
+class Router:
+    """Finds the handler of a request by method and path.
+
+    Paths are matched raw, segment by segment, a literal before a wildcard; what a wildcard took is decoded
+    exactly once into request.params: an encoded slash stays inside its parameter, where the rules for ids
+    refuse it.
+    `fallback` (the static UI) gets the GETs and HEADs that no pattern matches.
+    """
+
+    def __init__(self) -> None:
+        self._root = _Place()
+        self.fallback: Handler | None = None
+
+    def add(self, method: str, pattern: str, handler: Handler) -> None:
+        """Adds a route, "/flows/{flow}/runs/{run}"; ValueError for a bad pattern or one there already."""
+        if not pattern.startswith("/"):
+            raise ValueError(f"a pattern starts with a slash: {pattern!r}")
+        place = self._root
+        names = []
+        for segment in pattern[1:].split("/"):
+            if segment[:1] == "{" and segment[-1:] == "}":
+                names.append(segment[1:-1])
+                if place.wild is None:
+                    place.wild = _Place()
+                place = place.wild
+            else:
+                place = place.literals.setdefault(segment, _Place())
+        if method in place.handlers or len(set(names)) < len(names):
+            raise ValueError(f"there twice: {method} {pattern}")
+        place.handlers[method] = (handler, tuple(names))
+
+    def resolve(self, request: Request) -> Handler:
+        """The handler; sets request.params. HEAD is answered through GET, OPTIONS by naming the methods.
+
+        A preflight (admitted before, see below) is answered for any path, so that the page learns of a 404.
+        Problem 404 (no such path; also for a trailing slash), 405 with Allow, 400 (bad percent-encoding).
+        """
+        if is_preflight(request):
+            return preflight
+        found, allowed = self._find(request.method, request.path)
+        if found is not None:
+            handler, names, taken = found
+            request.params = {name: percent_decode(text) for name, text in zip(names, taken)}
+            return handler
+        if self.fallback is not None and not allowed and request.path.startswith("/"):
+            if request.method in ("GET", "HEAD"):
+                return self.fallback
+            allowed = {"GET"} if request.method == "OPTIONS" else allowed
+        if request.path == "*":
+            allowed = {"GET", "POST", "PATCH"}
+        if not allowed:
+            raise Problem(404, f"there is nothing at {request.path:.200}")
+        allow = _allow(allowed)
+        if request.method == "OPTIONS":
+            return lambda request: Response(204, headers=[("Allow", allow)])
+        raise Problem(405, f"{request.method} is not answered here, only {allow}", headers={"Allow": allow})
+
+    def dispatch(self, request: Request) -> Any:
+        """Calls the handler: resolve(request)(request)."""
+        return self.resolve(request)(request)
+
+    def _find(self, method: str, path: str) -> tuple[tuple[Handler, tuple[str, ...], tuple[str, ...]] | None, set[str]]:
+        """((handler, names, raw segments) or None, the methods of all places that the path matches)."""
+        segments = path.split("/")
+        count = len(segments)
+        allowed: set[str] = set()
+        untried: list[tuple[_Place, int, tuple[str, ...]]] = [(self._root, 1, ())]
+        while untried:
+            place, at, taken = untried.pop()
+            while at < count:
+                segment = segments[at]
+                at += 1
+                literal, wild = place.literals.get(segment), place.wild
+                if literal is not None:
+                    if wild is not None and segment:
+                        untried.append((wild, at, (*taken, segment)))
+                    place = literal
+                elif wild is not None and segment:
+                    place = wild
+                    taken = (*taken, segment)
+                else:
+                    break
+            else:
+                found = place.handlers.get(method)
+                if found is None and method == "HEAD":
+                    found = place.handlers.get("GET")
+                if found is not None:
+                    return (found[0], found[1], taken), allowed
+                allowed.update(place.handlers)
+        return None, allowed
+
+
+def _allow(methods: set[str]) -> str:
+    """The value of Allow: HEAD goes with GET, and OPTIONS with everything."""
+    named = methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
+    return ", ".join(sorted(named))
+
+
+# Access. In this order on every request, upgrades to WebSocket included: check_host (DNS rebinding),
+# check_browser (pages of other sites), check_key (other users of the machine). admit() does the three.
+
+
+@lru_cache(maxsize=256)
+def host_allowed(authority: str, allowed_hosts: tuple[str, ...], bound_host: str) -> bool:
+    """Whether a Host names this machine's loopback, the address we are bound to, or a configured name.
+
+    The port does not matter: it may be forwarded. `*.localhost` is loopback by RFC 6761, and nobody can
+    register a name in it. A wildcard address ("0.0.0.0", "::") names no host. Problem(400) if the authority
+    is malformed.
+    """
+    host, _ = split_host(authority)
+    if is_loopback(host) or host.endswith(".localhost"):
+        return True
+    names = {name.strip("[]").lower() for name in allowed_hosts}
+    if bound_host not in ("0.0.0.0", "::", ""):
+        names.add(bound_host.strip("[]").lower())
+    return host in names
+
+
+def check_host(request: Request, allowed_hosts: tuple[str, ...] = (), bound_host: str = "127.0.0.1") -> None:
+    """Problem 403 for a Host that is not on the allow-list, 400 for none (HTTP/1.0) or a malformed one.
+
+    A name that an attacker's DNS points to 127.0.0.1 arrives here with the attacker's name in it.
+    """
+    if not request.authority:
+        raise Problem(400, "the request names no Host")
+    if not host_allowed(request.authority, allowed_hosts, bound_host):
+        host = split_host(request.authority)[0]
+        raise Problem(403, f"the host name {host!r} is not allowed; start mflocal with --allow-host {host}")
+
+
+def _split_origin(origin: str) -> tuple[str, int] | None:
+    """(host, port) of an http or https origin, None for any other ("null", an extension, nonsense)."""
+    scheme, _, authority = origin.partition("://")
+    if scheme not in ("http", "https"):
+        return None
+    try:
+        host, port = split_host(authority)
+    except Problem:
+        return None
+    return host, port if port is not None else 443 if scheme == "https" else 80
+
+
+def same_origin(origin: str, authority: str) -> bool:
+    """Whether an Origin is that of the Host the request went to (which check_host has let pass).
+
+    Without a port on either side the scheme does not matter: a forwarder (Codespaces, a reverse proxy) may
+    speak https to the browser and http to us.
+    """
+    parts = _split_origin(origin)
+    if parts is None or not authority:
+        return False
+    host, port = split_host(authority)
+    if port is None:
+        return parts == (host, 443 if origin.startswith("https:") else 80)
+    return parts == (host, port)
+
+
+@lru_cache(maxsize=256)
+def allowed_origin(origin: str, allowed_origins: tuple[str, ...], authority: str) -> bool:
+    """Whether pages of this origin may read and write: loopback on any port, our own, the configured ones.
+
+    authority is the request's Host. "null" (sandboxed frames, files) is nobody's and never allowed.
+    """
+    if origin != "null" and origin.lower() in [known.rstrip("/").lower() for known in allowed_origins]:
+        return True
+    parts = _split_origin(origin)
+    if parts is None:
+        return False
+    return is_loopback(parts[0]) or parts[0].endswith(".localhost") or same_origin(origin, authority)
+
+
+def check_browser(request: Request, allowed_origins: tuple[str, ...] = ()) -> str | None:
+    """Problem 403 for what a foreign page makes a browser send; else the Origin, or None if there is none.
+
+    - An Origin that is not allowed is refused whatever the method. The page could not read the answer to
+      its GET anyway, without Access-Control-Allow-Origin; refusing also spares the work and tells nothing by
+      its timing. Links and address bars send no Origin.
+    - No Origin, but Sec-Fetch-Site names another site, or another origin of this site (another port of
+      this host): writes are refused (browsers name the Origin of every write), and so are reads for another
+      site other than navigation (a link in a chat may lead here; <script src> and <img> may not).
+    - Neither: no browser (Metaflow's client, curl). Content-Type is not looked at: heartbeats have none.
+    """
+    headers = request.headers
+    origin = headers.get("origin")
+    if origin is not None:
+        if not allowed_origin(origin, allowed_origins, request.authority):
+            raise Problem(403, f"pages of {origin!r} may not use this service; see --allow-origin")
+        return origin
+    site = headers.get("sec-fetch-site")
+    if site is None or site in ("same-origin", "none"):
+        return None
+    if request.method not in SAFE_METHODS:
+        raise Problem(403, "a page of another origin may not write here")
+    if site != "same-site" and headers.get("sec-fetch-mode") != "navigate":
+        raise Problem(403, "a page of another site may not load this")
+    return None
+
+
+_NO_ORIGIN: Headers = (("Vary", "Origin"), ("Cross-Origin-Resource-Policy", "same-origin"))
+
+
+@lru_cache(maxsize=64)
+def cors_headers(origin: str | None) -> Headers:
+    """The headers of every answer, given what check_browser returned: only an allowed Origin is echoed.
+
+    Never "*" and never credentials. Other origins cannot even embed the answer, so that JSON is of no use
+    as a script (Cross-Origin-Resource-Policy). Meant for Response.encode(extra=...).
+    """
+    if origin is None:
+        return _NO_ORIGIN
+    return (
+        ("Vary", "Origin"),
+        ("Access-Control-Allow-Origin", origin),
+        ("Access-Control-Expose-Headers", "METADATA_SERVICE_VERSION, X-Limit, X-Next-Cursor"),
+        ("Cross-Origin-Resource-Policy", "cross-origin"),
+    )
+
+
+def is_preflight(request: Request) -> bool:
+    """Whether a browser asks, before a request of a page, if that request may be made."""
+    headers = request.headers
+    return request.method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
+
+
+def preflight(request: Request) -> Response:
+    """The answer to a preflight whose Origin check_browser let pass; cors_headers come on top."""
+    headers = [
+        ("Access-Control-Allow-Methods", "GET, HEAD, POST, PATCH"),
+        ("Access-Control-Allow-Headers", f"content-type, {KEY_HEADER}"),
+        ("Access-Control-Max-Age", str(PREFLIGHT_MAX_AGE)),
+    ]
+    if request.headers.get("access-control-request-private-network") == "true":
+        headers.append(("Access-Control-Allow-Private-Network", "true"))
+    return Response(204, headers=headers)
+
+
+def cookie_value(auth_key: str) -> str:
+    """What the cookie holds: derived from the key, because cookies go to every port of a host."""
+    import hmac  # here and below: brings OpenSSL with it, which a command without a key need not wait for
+
+    return hmac.new(auth_key.encode("utf-8"), KEY_COOKIE.encode("ascii"), "sha256").hexdigest()
+
+
+def key_cookie(auth_key: str) -> tuple[str, str]:
+    """The Set-Cookie header that lets a browser read: not for scripts, not on requests from other sites."""
+    return "Set-Cookie", f"{KEY_COOKIE}={cookie_value(auth_key)}; Path=/; HttpOnly; SameSite=Strict"
+
+
+def check_key(request: Request, auth_key: str | None) -> None:
+    """Problem 401 unless the request has the key, or for reading (WebSocket too) on our own pages the cookie.
+
+    Nothing is checked without a configured key, on KEYLESS_PATHS, and for preflights, with which browsers
+    send no key.
+    """
+    if auth_key is None or request.path in KEYLESS_PATHS or is_preflight(request):
+        return
+    headers = request.headers
+    if _same_secret(headers.get(KEY_HEADER, ""), auth_key):
+        return
+    cookies = headers.get("cookie")
+    if cookies and request.method in ("GET", "HEAD") and _from_own_page(request):
+        expected = cookie_value(auth_key)
+        for cookie in cookies.split(";"):
+            name, _, value = cookie.strip().partition("=")
+            if name == KEY_COOKIE and _same_secret(value, expected):
+                return
+    raise Problem(
+        401,
+        f"this service needs its key in {KEY_HEADER} (METAFLOW_SERVICE_AUTH_KEY)",
+        headers={"WWW-Authenticate": KEY_HEADER},
+    )
+
+
+def _same_secret(given: str, expected: str) -> bool:
+    import hmac
+
+    return hmac.compare_digest(given.encode("utf-8"), expected.encode("utf-8"))
+
+
+def _from_own_page(request: Request) -> bool:
+    """Whether no other origin had a hand in it; SameSite alone would let in all ports of this host."""
+    origin = request.headers.get("origin")
+    if origin is not None:
+        return same_origin(origin, request.authority)
+    return request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+
+
+def admit(
+    request: Request,
+    *,
+    allowed_hosts: tuple[str, ...] = (),
+    allowed_origins: tuple[str, ...] = (),
+    bound_host: str = "127.0.0.1",
+    auth_key: str | None = None,
+) -> Headers:
+    """All checks in their order. Returns the headers for the answer (for Response.encode's extra).
+
+    Problem 400, 401, 403: these have such headers already, so that an allowed page can read why.
+    """
+    origin = None
+    try:
+        check_host(request, allowed_hosts, bound_host)
+        origin = check_browser(request, allowed_origins)
+        check_key(request, auth_key)
+    except Problem as problem:
+        problem.headers.update(cors_headers(origin))
+        raise
+    return cors_headers(origin)
+
+
+# ---- 11. Metadata API: what Metaflow's client asks (metaflow-service, its metadata part) ----
+PATTERN_TIMEOUT = 2.0  # s for a pattern of filtered_tasks that might explode, in a process of its own
+LEASE_HEADER = "x-mflocal-lease"  # set by `mflocal run` through METAFLOW_SERVICE_HEADERS
+
+
+async def encode_list(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """A JSON list, encoded in slices so that a long one does not hold up the other clients."""
+    pace, parts = Pacer(), []
+    for row in rows:
+        parts.append(dumps(row))
+        await pace()
+    return b"[" + b", ".join(parts) + b"]"
+
+
+async def run_state(store: Store, liveness: Liveness, settings: Settings, run: RunNode) -> RunStatus:
+    """Status of a run by the rules of section 5; reads the end step first, the rest only if need be."""
+    record = run.self_record
+    end_name = store.end_step(run)
+    summary = RunSummary(end_name)
+    end = store.step(run, end_name)
+    for task in await store.tasks(end) if end else []:
+        summary.add(end_name, store.facts(task))
+    if not summary.settled:
+        summary = summarize([(task.step.name, facts) for task, facts in await store.run_facts(run)], end_name)
+    signs = store.signs(run)
+    return run_status(
+        record.get("ts_epoch"),
+        summary,
+        now_ms(),
+        heartbeat=liveness.heartbeat(run),
+        alive=liveness.alive(run),
+        lost_at=signs.lost.get(0),
+        cutoff=settings.run_cutoff,
+        local_cutoff=settings.local_cutoff,
+    )
+
+
+class MetadataApi:
+    """Handlers of every route of the metadata service; each reads or writes the store and builds one answer."""
+
+    def __init__(self, store: Store, liveness: Liveness, settings: Settings) -> None:
+        self.store = store
+        self.liveness = liveness
+        self.settings = settings
+
+    # -- finding
+
+    def _flow(self, request: Request) -> FlowNode:
+        flow = self.store.flow(request.params["flow"])
+        if flow is None:
+            raise Problem(404, f"there is no flow {request.params['flow']}")
+        return flow
+
+    def _run(self, request: Request) -> RunNode:
+        params = request.params
+        run = self.store.run(params["flow"], params["run"])
+        if run is None:
+            raise Problem(404, f"there is no run {params['flow']}/{params['run']}")
+        return run
+
+    def _step(self, request: Request) -> StepNode:
+        run = self._run(request)
+        step = self.store.step(run, request.params["step"])
+        if step is None:
+            raise Problem(404, f"there is no step {run.flow}/{run.id}/{request.params['step']}")
+        return step
+
+    def _task(self, request: Request) -> TaskNode:
+        step = self._step(request)
+        task = self.store.task(step, request.params["task"])
+        if task is None:
+            raise Problem(404, f"there is no task {step.run.flow}/{step.run.id}/{step.name}/{request.params['task']}")
+        return task
+
+    def _maybe_step(self, request: Request) -> Optional[StepNode]:
+        try:
+            return self._step(request)
+        except Problem:
+            return None  # the real service lists nothing where the parent is missing
+
+    def _maybe_task(self, request: Request) -> Optional[TaskNode]:
+        try:
+            return self._task(request)
+        except Problem:
+            return None
+
+    # -- rows
+
+    def run_row(self, run: RunNode) -> Record:
+        """A run as GET answers it: with `user` where the system tags vouch for it."""
+        row = run_row(run.flow, run.id, run.self_record, self.liveness.heartbeat(run))
+        user = verified_user(run.self_record)
+        if user is not None:
+            row["user"] = user
+        return row
+
+    def task_row(self, task: TaskNode) -> Record:
+        """A task as GET and POST answer it."""
+        run = task.run
+        return task_row(run.flow, run.id, task.id, task.self_record, run.self_record, self.liveness.heartbeat(task))
+
+    # -- flows
+
+    async def get_flows(self, request: Request) -> Response:
+        """GET /flows: all flows, newest first, or a page of them."""
+        rows = [flow_row(flow.record or {}) for flow in await self.store.flows()]
+        return await self._listed(request, rows, ("flow_id",))
+
+    def get_flow(self, request: Request) -> Response:
+        """GET /flows/{flow}."""
+        return json_response(flow_row(self._flow(request).record or {}))
+
+    def post_flow(self, request: Request) -> Response:
+        """POST /flows/{flow}: 409 when it exists."""
+        name = request.params["flow"]
+        if not is_flow_name(name):
+            raise Problem(400, f"{name!r:.100} is not a flow name: it must be a Python identifier")
+        flow = self.store.create_flow(name, object_body(request.json()))
+        if flow is None:
+            raise Problem(409, f"the flow {name} exists already")
+        return json_response(flow_row(flow.record or {}))
+
+    # -- runs
+
+    async def get_runs(self, request: Request) -> Response:
+        """GET /flows/{flow}/runs, filtered and paged; an unknown flow has none."""
+        flow = self.store.flow(request.params["flow"])
+        runs = await self.store.runs(flow) if flow else []
+        filters = parse_filters(request.args(), SERVICE_RUN_COLUMNS, strict=True)
+        pace, rows = Pacer(), []
+        for run in runs:
+            row = self.run_row(run)
+            if "status" in filters.columns:
+                row["status"] = (await run_state(self.store, self.liveness, self.settings, run)).status
+            if not filters or matches(dict(row, run_id=None if is_number(run.id) else run.id), filters):
+                rows.append(row)
+            await pace()
+        return await self._listed(request, rows, ("run_number",), paged=bool(filters))
+
+    def get_run(self, request: Request) -> Response:
+        """GET /flows/{flow}/runs/{run}."""
+        return json_response(self.run_row(self._run(request)))
+
+    def post_run(self, request: Request) -> Response:
+        """POST /flows/{flow}/run: `run_number` in the body is the client's own id, which must not be a number."""
+        flow = self._flow(request)
+        data = request.json()
+        body = object_body(data)
+        run = self.store.create_run(flow, body, _own_id(data.get("run_number"), "run_number"))
+        if run is None:
+            raise Problem(409, f"the run {flow.name}/{data['run_number']} exists already")
+        self._speak(request, run)
+        row = run_row(run.flow, run.id, run.self_record, self.liveness.heartbeat(run))
+        return json_response(row)
+
+    def _speak(self, request: Request, run: RunNode) -> None:
+        self.liveness.speak_run(request.connection, run, request.headers.get(LEASE_HEADER))
+
+    def post_run_heartbeat(self, request: Request) -> Response:
+        """POST .../runs/{run}/heartbeat: never too early."""
+        self.liveness.beat(self._run(request))
+        return _beat_answer()
+
+    def mutate_tags(self, request: Request) -> Response:
+        """PATCH .../tag/mutate: removal first, then addition; system tags are never touched."""
+        run = self._run(request)
+        body = request.json()
+        if not isinstance(body, dict):
+            raise Problem(400, f"the body must be a JSON object, not {json_kind(body)}")
+        add, remove = body.get("tags_to_add", []), body.get("tags_to_remove", [])
+        for name, tags in (("tags_to_add", add), ("tags_to_remove", remove)):
+            if not isinstance(tags, list):
+                raise Problem(400, f"{name} must be a list")
+        if not all(isinstance(tag, str) for tag in add + remove):
+            raise Problem(400, "All tag values must be strings")
+        tag_list(add, "tags_to_add")
+        record = run.self_record
+        tags, system = list(record.get("tags") or []), set(record.get("system_tags") or [])
+        locked = sorted(system.intersection(remove))
+        if locked:
+            raise Problem(422, f"Cannot remove tags that are existing system tags {locked}")
+        gone = set(remove)
+        kept = [tag for tag in dict.fromkeys(tags) if tag not in gone]
+        kept += [tag for tag in dict.fromkeys(add) if tag not in system and tag not in kept]
+        if set(kept) != set(tags):
+            self.store.replace_tags(run, kept)
+        return json_response({"tags": kept})
+
+    # -- steps
+
+    def get_steps(self, request: Request) -> Response:
+        """GET .../steps, newest first; an unknown run has none."""
+        run = self.store.run(request.params["flow"], request.params["run"])
+        steps = self.store.steps(run) if run else []
+        return json_response([self._step_row(step) for step in reversed(steps)])
+
+    def _step_row(self, step: StepNode) -> Record:
+        return step_row(step.run.flow, step.run.id, step.record or {}, step.run.self_record)
+
+    def get_step(self, request: Request) -> Response:
+        """GET .../steps/{step}."""
+        return json_response(self._step_row(self._step(request)))
+
+    def post_step(self, request: Request) -> Response:
+        """POST .../steps/{step}/step: 409 when it exists."""
+        run, name = self._run(request), request.params["step"]
+        if not is_flow_name(name):
+            raise Problem(400, f"{name!r:.100} is not a step name: it must be a Python identifier")
+        step = self.store.create_step(run, name, object_body(request.json()))
+        self._speak(request, run)
+        if step is None:
+            raise Problem(409, f"the step {run.flow}/{run.id}/{name} exists already")
+        return json_response(self._step_row(step))
+
+    # -- tasks
+
+    async def get_tasks(self, request: Request) -> Response:
+        """GET .../tasks, filtered and paged; an unknown step has none."""
+        step = self._maybe_step(request)
+        filters = parse_filters(request.args(), SERVICE_TASK_COLUMNS, strict=True, tags=False)
+        pace, rows = Pacer(), []
+        for task in await self.store.tasks(step) if step else []:
+            row = self.task_row(task)
+            if not filters or matches(dict(row, task_name=None if is_number(task.id) else task.id), filters):
+                rows.append(row)
+            await pace()
+        return await self._listed(request, rows, ("task_id",), paged=bool(filters))
+
+    async def get_filtered_tasks(self, request: Request) -> Response:
+        """GET .../filtered_tasks: pathspecs of the tasks with a metadata record that fits, by task id."""
+        step = self._maybe_step(request)
+        field, pattern = request.arg("metadata_field_name"), request.arg("pattern")
+        values: List[Tuple[str, List[str]]] = []
+        pace = Pacer()
+        for task in await self.store.tasks(step) if step else []:
+            rows = await self.store.metadata(task)
+            texts = [value_text(r.get("value")) or "" for r in rows if not field or r.get("field_name") == field]
+            if texts:
+                values.append((task.pathspec, texts))
+            await pace()
+        values.sort(key=lambda item: _pathspec_order(item[0]))
+        if not pattern:
+            return json_response([pathspec for pathspec, _ in values])
+        found = await search_texts(pattern, [texts for _, texts in values])
+        return json_response([pathspec for (pathspec, _), hit in zip(values, found) if hit])
+
+    def get_task(self, request: Request) -> Response:
+        """GET .../tasks/{task}."""
+        return json_response(self.task_row(self._task(request)))
+
+    def post_task(self, request: Request) -> Response:
+        """POST .../steps/{step}/task: `task_id` in the body is the client's own id, which must not be a number."""
+        step = self._step(request)
+        data = request.json()
+        body = object_body(data)
+        task = self.store.create_task(step, body, _own_id(data.get("task_id"), "task_id"))
+        self._speak(request, step.run)
+        if wants_heartbeat(body.get("system_tags")):
+            self.store.beat(step.run, now_ms() // 1000)
+        if task is None:
+            raise Problem(409, f"the task {step.run.flow}/{step.run.id}/{step.name}/{data['task_id']} exists already")
+        return json_response(self.task_row(task))
+
+    def post_task_heartbeat(self, request: Request) -> Response:
+        """POST .../tasks/{task}/heartbeat: beats for the run too."""
+        task = self._task(request)
+        self.liveness.beat(task.run)
+        self.liveness.beat(task)
+        return _beat_answer()
+
+    # -- metadata
+
+    async def get_task_metadata(self, request: Request) -> Response:
+        """GET .../tasks/{task}/metadata, newest first."""
+        task = self._maybe_task(request)
+        rows = [metadata_row(record) for record in await self.store.metadata(task)] if task else []
+        return await self._listed(request, rows, ("id",))
+
+    async def get_run_metadata(self, request: Request) -> Response:
+        """GET .../runs/{run}/metadata, newest first."""
+        run = self.store.run(request.params["flow"], request.params["run"])
+        pace, rows = Pacer(), []
+        for task in await self.store.run_tasks(run) if run else []:
+            rows += [metadata_row(record) for record in await self.store.metadata(task)]
+            await pace()
+        rows.sort(key=lambda row: (row["ts_epoch"], row["id"]), reverse=True)
+        return await self._listed(request, rows, ("id",))
+
+    async def post_metadata(self, request: Request) -> Response:
+        """POST .../tasks/{task}/metadata: all rows or none."""
+        task = self._maybe_task(request)
+        if task is None:
+            raise Problem(400, "need to register run_id and task_id first")
+        rows = metadata_body(request.json())
+        created = await self.store.add_metadata(task, rows)
+        for row in rows:
+            if row.get("field_name") == "attempt":
+                value = row.get("value")
+                if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 6:
+                    self.liveness.speak_attempt(request.connection, task, int(value))
+        return json_response({"metadata_created": created})
+
+    # -- artifacts
+
+    async def get_task_artifacts(self, request: Request) -> Response:
+        """GET .../tasks/{task}/artifacts: those of the newest attempt that has any."""
+        task = self._maybe_task(request)
+        return await self._artifacts(request, [task] if task else [])
+
+    async def get_step_artifacts(self, request: Request) -> Response:
+        """GET .../steps/{step}/artifacts: the newest attempt's of every task."""
+        step = self._maybe_step(request)
+        return await self._artifacts(request, await self.store.tasks(step) if step else [])
+
+    async def get_run_artifacts(self, request: Request) -> Response:
+        """GET .../runs/{run}/artifacts: the newest attempt's of every task."""
+        run = self.store.run(request.params["flow"], request.params["run"])
+        return await self._artifacts(request, await self.store.run_tasks(run) if run else [])
+
+    async def _artifacts(self, request: Request, tasks: List[TaskNode]) -> Response:
+        pace, rows = Pacer(), []
+        for task in tasks:
+            records = _latest(await self.store.artifacts(task))
+            rows += [artifact_row(record, task.run.self_record) for record in records]
+            await pace()
+        return await self._listed(request, rows, ("task_id", "name"))
+
+    async def get_attempt_artifacts(self, request: Request) -> Response:
+        """GET .../attempt/{attempt}/artifacts: those of one attempt."""
+        task = self._maybe_task(request)
+        attempt = _attempt_asked(request)
+        records = await self.store.artifacts(task) if task else []
+        chosen = [record for record in records if record["attempt_id"] == attempt]
+        return json_response([artifact_row(record, task.run.self_record) for record in chosen] if task else [])
+
+    async def get_artifact(self, request: Request) -> Response:
+        """GET .../artifacts/{name}[/attempt/{attempt}]: without an attempt that of the task's newest attempt."""
+        task = self._task(request)
+        name = request.params["name"]
+        records = await self.store.artifacts(task)
+        if "attempt" in request.params:
+            attempt = _attempt_asked(request)
+            records = [record for record in records if record["attempt_id"] == attempt]
+        else:
+            records = _latest(records)
+        for record in records:
+            if record["name"] == name:
+                return json_response(artifact_row(record, task.run.self_record))
+        raise Problem(404, f"there is no artifact {task.pathspec}/{name}")
+
+    async def post_artifacts(self, request: Request) -> Response:
+        """POST .../tasks/{task}/artifact: all rows or none; a name known for its attempt is not counted."""
+        task = self._maybe_task(request)
+        if task is None:
+            raise Problem(400, "need to register run_id and task_id first")
+        created = await self.store.add_artifacts(task, artifact_body(request.json()))
+        return json_response({"artifacts_created": created})
+
+    # -- paging
+
+    async def _listed(
+        self, request: Request, rows: List[Record], key: Tuple[str, ...], paged: bool = False
+    ) -> Response:
+        """A list answer, whole, or one cursor page when `_limit`, `_cursor` or a filter asks for that."""
+        page, headers = cursor_page(rows, request.args(), ("ts_epoch",) + key, always=paged)
+        return Response(200, await encode_list(page), JSON_TYPE, headers.items())
+
+
+def _latest(records: List[Record]) -> List[Record]:
+    """The records of the newest attempt; the store gives the newest first."""
+    return [record for record in records if record["attempt_id"] == records[0]["attempt_id"]]
+
+
+def _attempt_asked(request: Request) -> int:
+    text = request.params["attempt"]
+    if text.startswith("-") and text[1:].isdigit():
+        return -1  # as recorded: a negative attempt is one that has nothing
+    return attempt_number(text)
+
+
+def _pathspec_order(pathspec: str) -> Tuple[int, str]:
+    task = pathspec.rpartition("/")[2]
+    return (int(task) if is_number(task) else 1 << 62, task)
+
+
+def _own_id(value: Any, what: str) -> Optional[str]:
+    """An id that the client chose, or None; Problem(400) for numbers, which are ours to give, and for bad names."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or value.isnumeric():
+        raise Problem(400, f"the provided {what} may not be a number: numbers are given by the service")
+    if not is_run_id(value):
+        raise Problem(400, f"{what} {value!r:.100} must be 1 to 128 of the characters A-Z a-z 0-9 . _ : -")
+    return value
+
+
+_BEAT = json_response('{"wait_time_in_seconds": 10}')
+
+
+def _beat_answer() -> Response:
+    # A JSON string that holds JSON: Metaflow's heartbeat.py decodes the answer twice.
+    return _BEAT
+
+
+# -- patterns of clients
+
+_SEARCHER = (
+    "import json, re, sys\n"
+    "pattern, groups = json.load(sys.stdin)\n"
+    "search = re.compile(pattern).search\n"
+    "json.dump([any(search(text) for text in texts) for texts in groups], sys.stdout)\n"
+)
+
+
+async def search_texts(pattern: str, groups: List[List[str]]) -> List[bool]:
+    """For each group of texts whether one of them contains a match of the client's pattern.
+
+    A pattern that might take for ever runs in a process of its own that is ended after PATTERN_TIMEOUT s:
+    a thread would hold the interpreter. Raises Problem(400).
+    """
+    if is_harmless_pattern(pattern):
+        search = compile_pattern(pattern, search=True)
+        return [any(search(text) for text in texts) for texts in groups]
+    import asyncio
+
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        _SEARCHER,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        out, _ = await asyncio.wait_for(child.communicate(dumps([pattern, groups])), PATTERN_TIMEOUT)
+    except asyncio.TimeoutError:
+        child.kill()
+        await child.wait()
+        raise Problem(400, f"the pattern {pattern!r:.100} takes too long to search for") from None
+    found = loads(out) if child.returncode == 0 else None
+    if not isinstance(found, list):
+        raise Problem(400, f"the pattern {pattern!r:.100} cannot be searched for")
+    return found
+
+
+# -- routes
+
+_TASK_PATH = "/flows/{flow}/runs/{run}/steps/{step}/tasks/{task}"
+
+
+def register_metadata_routes(router: Router, api: MetadataApi) -> None:
+    """Adds every route of the metadata service; the reading ones also below the UI's prefix, as the real one does."""
+    routes: List[Tuple[str, str, Callable[[Request], Any]]] = [
+        ("GET", "/flows", api.get_flows),
+        ("GET", "/flows/{flow}", api.get_flow),
+        ("POST", "/flows/{flow}", api.post_flow),
+        ("GET", "/flows/{flow}/runs", api.get_runs),
+        ("GET", "/flows/{flow}/runs/{run}", api.get_run),
+        ("POST", "/flows/{flow}/run", api.post_run),
+        ("POST", "/flows/{flow}/runs/{run}/heartbeat", api.post_run_heartbeat),
+        ("PATCH", "/flows/{flow}/runs/{run}/tag/mutate", api.mutate_tags),
+        ("GET", "/flows/{flow}/runs/{run}/metadata", api.get_run_metadata),
+        ("GET", "/flows/{flow}/runs/{run}/artifacts", api.get_run_artifacts),
+        ("GET", "/flows/{flow}/runs/{run}/steps", api.get_steps),
+        ("GET", "/flows/{flow}/runs/{run}/steps/{step}", api.get_step),
+        ("POST", "/flows/{flow}/runs/{run}/steps/{step}/step", api.post_step),
+        ("GET", "/flows/{flow}/runs/{run}/steps/{step}/artifacts", api.get_step_artifacts),
+        ("GET", "/flows/{flow}/runs/{run}/steps/{step}/tasks", api.get_tasks),
+        ("GET", "/flows/{flow}/runs/{run}/steps/{step}/filtered_tasks", api.get_filtered_tasks),
+        ("POST", "/flows/{flow}/runs/{run}/steps/{step}/task", api.post_task),
+        ("GET", _TASK_PATH, api.get_task),
+        ("POST", f"{_TASK_PATH}/heartbeat", api.post_task_heartbeat),
+        ("GET", f"{_TASK_PATH}/metadata", api.get_task_metadata),
+        ("POST", f"{_TASK_PATH}/metadata", api.post_metadata),
+        ("GET", f"{_TASK_PATH}/artifacts", api.get_task_artifacts),
+        ("POST", f"{_TASK_PATH}/artifact", api.post_artifacts),
+        ("GET", f"{_TASK_PATH}/attempt/{{attempt}}/artifacts", api.get_attempt_artifacts),
+        ("GET", f"{_TASK_PATH}/artifacts/{{name}}", api.get_artifact),
+        ("GET", f"{_TASK_PATH}/artifacts/{{name}}/attempt/{{attempt}}", api.get_artifact),
+    ]
+    for method, pattern, handler in routes:
+        router.add(method, pattern, handler)
+        if method == "GET":
+            router.add(method, f"/api/metadata{pattern}", handler)
+    pong = text_response("pong")
+    version = text_response(SERVICE_VERSION)
+    up = json_response('{"status": "UP"}')
+    for prefix in ("", "/api/metadata"):
+        router.add("GET", f"{prefix}/ping", lambda request: pong)
+        router.add("GET", f"{prefix}/version", lambda request: version)
+        router.add("GET", f"{prefix}/healthcheck", lambda request: up)
+
+
+# ---- 12. Subscriptions: the rows of the UI, and who is told of which ----
+COALESCE = 0.05  # s for which changes are collected: what one request writes about one task is one frame
+WATCH_INTERVAL = 1.0  # s between two looks at what local mode writes, while somebody subscribes
+JUDGE_INTERVAL = 2.0  # s after which a running run is judged again: heartbeats grow old without an event
+JUDGE_FAILED = 5.0  # s likewise for a failed one, which may come back (a machine that slept, a very long step)
+WATCHED_RUNS = 30  # newest runs per flow that are judged for the lists of runs: as many as a page of the UI shows
+LOOK_COMPLETED = 15.0  # s between two looks at the files of a completed run that somebody has open
+SETTLED_AFTER = 10_000  # ms after which the directory of a finished task is not looked at any more
+REPLAY_SECONDS = 300  # how far back `since` goes, as in the real service
+RUN_AT_ONCE = 300  # tasks up to which a run is judged with every event; the larger ones once per WATCH_INTERVAL
+SENT_KEPT = 50_000  # rows of which it is remembered what was sent last
+WS_MAX_RESOURCE = 8 * KIB  # characters of a subscription's resource, as a request line
+WS_MAX_UUID = 256  # characters of a subscription's uuid; it is repeated in every frame
+FAILED_FOR_LONG = 600_000  # ms after which a failed run is judged again only every JUDGE_FAILED s
+READER_THREADS = 2  # for artifacts, logs and cards: disk and unpacking, both short
+
+if TYPE_CHECKING:
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+_Got = TypeVar("_Got")
+_UiArgs = Sequence[Tuple[str, str]]
+
+
+# -- blocking reads
+
+
+@functools.lru_cache(maxsize=1)
+def _reader_pool() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(READER_THREADS, thread_name_prefix="reader")
+
+
+async def in_thread(function: Callable[..., _Got], *args: Any, **kwargs: Any) -> _Got:
+    """Calls a blocking function of section 7 in one of READER_THREADS threads."""
+    import asyncio
+
+    call = functools.partial(function, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_reader_pool(), call)
+
+
+def data_roots(settings: Settings) -> Tuple[str, ...]:
+    """Where included files are besides .metaflow/data: Metaflow puts them beside .metaflow."""
+    return (os.path.join(settings.root, "data"),)
+
+
+# -- rows of runs
+
+
+class _RunMemo:
+    """What is kept of a run between two answers.
+
+    state is a final status as long as `proof`, the facts of the end step's tasks, holds; a failure that no
+    end step proves is believed until `until` (monotonic s) unless another heartbeat than `beat` comes.
+    limits: attempts allowed per step, read from the graph when first needed.
+    """
+
+    __slots__ = ("state", "proof", "until", "beat", "limits")
+
+    def __init__(self) -> None:
+        self.state: Optional[RunStatus] = None
+        self.proof: List[Tuple[TaskNode, Tuple[int, int]]] = []
+        self.until = 0.0
+        self.beat: Optional[int] = None
+        self.limits: Optional[Dict[str, Optional[int]]] = None
+
+
+def _facts_stamp(task: TaskNode, facts: TaskFacts) -> Tuple[int, int]:
+    """Changes whenever the facts do: every fact is a file of its own."""
+    return facts.changed_at, len(task.read)
+
+
+def _still_true(store: Store, liveness: Liveness, run: RunNode, memo: _RunMemo, cheap: bool) -> bool:
+    if memo.proof:
+        if cheap and memo.state is not None and memo.state.status == COMPLETED:
+            return True
+        return all([_facts_stamp(task, store.facts(task)) == stamp for task, stamp in memo.proof])
+    if liveness.alive(run) or store.signs(run).heartbeat != memo.beat:
+        return False
+    return time.monotonic() < memo.until
+
+
+async def ui_run_state(
+    store: Store, liveness: Liveness, settings: Settings, run: RunNode, *, cheap: bool = False
+) -> RunStatus:
+    """Status, finish and duration of a run by the rules of section 5, remembered where nothing can change it.
+
+    A completed run costs one stat; `cheap` saves that too, for judging thousands of runs by a filter whose
+    page is then judged again.
+    """
+    memo = run.memo
+    if not isinstance(memo, _RunMemo):
+        memo = run.memo = _RunMemo()
+    if memo.state is not None and _still_true(store, liveness, run, memo, cheap):
+        return memo.state
+    memo.state, memo.proof = None, []
+    end_name = store.end_step(run)
+    summary, end = RunSummary(end_name), store.step(run, end_name)
+    proof = []
+    for task in await store.tasks(end) if end else []:
+        facts = store.facts(task)
+        summary.add(end_name, facts)
+        proof.append((task, _facts_stamp(task, facts)))
+    if summary.settled:
+        memo.proof = proof
+    else:
+        pace, summary = Pacer(), RunSummary(end_name)
+        for task, facts in await store.run_facts(run):
+            summary.add(task.step.name, facts)
+            await pace()
+    alive = liveness.alive(run)
+
+    def judge() -> RunStatus:
+        limits = memo.limits or {}
+        return run_status(
+            run.self_record.get("ts_epoch"), summary, now_ms(), heartbeat=liveness.heartbeat(run), alive=alive,
+            lost_at=store.signs(run).lost.get(0), allowed=limits.get, cutoff=settings.run_cutoff,
+            local_cutoff=settings.local_cutoff,
+        )  # fmt: skip
+
+    state = judge()
+    if state.status == RUNNING and summary.failures and not alive and memo.limits is None:
+        memo.limits = await _attempt_limits(store, settings, run)
+        state = judge()
+    if memo.proof or (state.status != RUNNING and now_ms() - (state.finished_at or 0) > FAILED_FOR_LONG):
+        memo.state, memo.beat, memo.until = state, store.signs(run).heartbeat, time.monotonic() + JUDGE_FAILED
+    return state
+
+
+async def _attempt_limits(store: Store, settings: Settings, run: RunNode) -> Optional[Dict[str, Optional[int]]]:
+    """How many attempts each step of the run's graph may have; None while there is no graph."""
+    records = await parameter_records(store, run)
+    try:
+        graph = await in_thread(run_dag, settings.metaflow_dir, records)
+    except Problem:
+        return {}
+    if graph is None:
+        return None
+    return {name: allowed_attempts(step["decorators"]) for name, step in graph["steps"].items()}
+
+
+async def parameter_records(store: Store, run: RunNode) -> List[Record]:
+    """The artifact records of a run's `_parameters` task: its parameters and its graph; [] when there are none."""
+    step = store.step(run, "_parameters")
+    records: List[Record] = []
+    for task in await store.tasks(step) if step else []:
+        records += await store.artifacts(task)
+    return records
+
+
+async def ui_parameters(store: Store, settings: Settings, run: RunNode) -> Record:
+    """{name: {"value": value}} of a run, {} while there are none."""
+    records = await parameter_records(store, run)
+    return await in_thread(run_parameters, settings.metaflow_dir, records, data_roots=data_roots(settings))
+
+
+def _own_number(id: str) -> Optional[str]:
+    """`run_id` or `task_name`: the text of an id that is no number, None for a number."""
+    return None if is_number(id) else id
+
+
+def _list_of(record: Record, key: str) -> List[Any]:
+    """Tags as a list always: the UI's header crashes on null."""
+    tags = record.get(key)
+    return tags if isinstance(tags, list) else []
+
+
+# How each column of a run follows from its record alone. The others need its status.
+RUN_RECORD_COLUMNS: Dict[str, Callable[[RunNode], Any]] = {
+    "flow_id": lambda run: run.flow,
+    "run_number": lambda run: public_id(run.id),
+    "run_id": lambda run: _own_number(run.id),
+    "user_name": lambda run: run.self_record.get("user_name"),
+    "user": lambda run: verified_user(run.self_record),
+    "run": lambda run: run.id,
+    "ts_epoch": lambda run: run.self_record.get("ts_epoch"),
+    "tags": lambda run: _list_of(run.self_record, "tags"),
+    "system_tags": lambda run: _list_of(run.self_record, "system_tags"),
+}
+
+
+def make_run_row(run: RunNode, state: RunStatus, heartbeat: Optional[int]) -> Record:
+    """A row of /runs; heartbeat in s."""
+    record = run.self_record
+    return {
+        "flow_id": run.flow,
+        "run_number": public_id(run.id),
+        "run_id": _own_number(run.id),
+        "user_name": record.get("user_name"),
+        "user": verified_user(record),
+        "run": run.id,
+        "status": state.status,
+        "ts_epoch": record.get("ts_epoch"),
+        "finished_at": state.finished_at,
+        "duration": state.duration,
+        "last_heartbeat_ts": heartbeat,
+        "tags": _list_of(record, "tags"),
+        "system_tags": _list_of(record, "system_tags"),
+    }
+
+
+async def ui_run_row(
+    store: Store, liveness: Liveness, settings: Settings, run: RunNode, *, cheap: bool = False
+) -> Record:
+    """A row of /runs: a number as run_number with run_id null, or the string id as both; `run` is its text."""
+    state = await ui_run_state(store, liveness, settings, run, cheap=cheap)
+    return make_run_row(run, state, liveness.heartbeat(run))
+
+
+# -- rows of steps, tasks and what they carry
+
+
+async def ui_step_row(store: Store, liveness: Liveness, settings: Settings, step: StepNode, state: RunStatus) -> Record:
+    """A row of .../steps; `state` is the run's. run_id is the text of the run's number here, as recorded."""
+    pace, known, running = Pacer(), [], False
+    for task in await store.tasks(step):
+        facts = store.facts(task)
+        known.append(facts)
+        if not running and state.status == RUNNING and not _is_over(facts):
+            rows = ui_task_rows(store, liveness, settings, task, facts, state)
+            running = rows[-1]["status"] == RUNNING
+        await pace()
+    record, run = step.record or {}, step.run
+    created = record.get("ts_epoch")
+    return {
+        "flow_id": run.flow,
+        "run_number": public_id(run.id),
+        "run_id": run.id,
+        "step_name": step.name,
+        "user_name": record.get("user_name"),
+        "ts_epoch": created,
+        "duration": step_duration(created, known, now_ms(), running=running),
+        "tags": _list_of(run.self_record, "tags"),
+        "system_tags": _list_of(run.self_record, "system_tags"),
+    }
+
+
+class _TaskMemo:
+    """The rows of a task whose newest attempt is over, as long as its facts, heartbeat and run record stay.
+
+    ok: what `_task_ok` artifacts said, by attempt. label: the foreach label, "" for none, None when not known.
+    """
+
+    __slots__ = ("stamp", "beat", "record", "rows", "encoded", "ok", "label")
+
+    def __init__(self) -> None:
+        self.stamp = (-1, -1)
+        self.beat: Optional[int] = None
+        self.record: Optional[Record] = None
+        self.rows: List[Record] = []
+        self.encoded: List[bytes] = []
+        self.ok: Dict[int, Optional[bool]] = {}
+        self.label: Optional[str] = None
+
+
+def _is_over(facts: TaskFacts) -> bool:
+    """Whether Metaflow has written that the newest attempt is over: then the task's rows follow from its files alone."""
+    if not facts.attempts:
+        return False
+    last = facts.attempts[max(facts.attempts)]
+    return last.ok is not None or last.ok_at is not None or last.done_at is not None or last.task_ok_at is not None
+
+
+def ui_task_rows(
+    store: Store,
+    liveness: Liveness,
+    settings: Settings,
+    task: TaskNode,
+    facts: TaskFacts,
+    state: Optional[RunStatus],
+) -> List[Record]:
+    """The rows of a task, one per attempt, oldest first; `facts` fresh from the store, `state` the run's status.
+
+    Rows of finished tasks are remembered: do not change them.
+    """
+    memo = task.memo
+    run_record = task.run.record
+    if type(memo) is _TaskMemo:
+        if (
+            memo.rows
+            and memo.stamp == (facts.changed_at, len(task.read))
+            and memo.beat == facts.heartbeat
+            and memo.record is run_record
+        ):
+            return memo.rows
+    else:
+        memo = task.memo = _TaskMemo()
+    statuses = attempt_rows(
+        facts, now_ms(), lambda attempt: liveness.alive(task, attempt),
+        run_ended=None if state is None else state.status != RUNNING,
+        run_finished_at=None if state is None else state.finished_at,
+        task_ok=memo.ok.get, parameters=task.step.name == "_parameters", cutoff=settings.run_cutoff,
+        local_cutoff=settings.local_cutoff,
+    )  # fmt: skip
+    rows = [_ui_attempt_row(task, facts, status, liveness.heartbeat(task)) for status in statuses]
+    memo.encoded = []
+    if _is_over(facts):
+        memo.stamp, memo.beat = _facts_stamp(task, facts), facts.heartbeat
+        memo.record, memo.rows = run_record, rows
+    else:
+        memo.rows = []
+    return rows
+
+
+def _ui_attempt_row(task: TaskNode, facts: TaskFacts, status: AttemptStatus, heartbeat: Optional[int]) -> Record:
+    run, record = task.run, task.self_record
+    attempt = facts.attempts.get(status.attempt_id)
+    task_ok = attempt.task_ok_record if attempt is not None and attempt.ok_at is None else None
+    return {
+        "flow_id": run.flow,
+        "run_number": public_id(run.id),
+        "run_id": _own_number(run.id),
+        "step_name": task.step.name,
+        "task_id": public_id(task.id),
+        "task_name": _own_number(task.id),
+        "user_name": record.get("user_name"),
+        "status": status.status,
+        "task_ok": task_ok.get("location") if task_ok else None,
+        "ts_epoch": record.get("ts_epoch"),
+        "started_at": status.started_at,
+        "finished_at": status.finished_at,
+        "duration": status.duration,
+        "attempt_id": status.attempt_id,
+        "tags": _list_of(run.self_record, "tags"),
+        "system_tags": _list_of(run.self_record, "system_tags"),
+        "last_heartbeat_ts": heartbeat,
+    }
+
+
+def encoded_task_rows(task: TaskNode, rows: List[Record]) -> List[bytes]:
+    """`ui_task_rows`' rows as JSON; encoded once for those that are remembered."""
+    memo = task.memo
+    if type(memo) is _TaskMemo and memo.rows is rows:
+        if not memo.encoded:
+            memo.encoded = [dumps(row) for row in rows]
+        return memo.encoded
+    return [dumps(row) for row in rows]
+
+
+async def ui_task_details(
+    store: Store,
+    liveness: Liveness,
+    settings: Settings,
+    task: TaskNode,
+    facts: TaskFacts,
+    state: Optional[RunStatus],
+) -> List[Record]:
+    """`ui_task_rows` with what `postprocess=true` adds: `unknown` settled by `_task_ok`, and `foreach_label`."""
+    rows = ui_task_rows(store, liveness, settings, task, facts, state)
+    memo = task.memo
+    asked = False
+    for row in rows:
+        number = row["attempt_id"]
+        attempt = facts.attempts.get(number)
+        if row["status"] == UNKNOWN and number not in memo.ok and attempt is not None and attempt.task_ok_record:
+            record = {**attempt.task_ok_record, "flow_id": task.run.flow, "attempt_id": number}
+            value = await in_thread(read_artifact, settings.metaflow_dir, record)
+            memo.ok[number] = value.value if isinstance(value.value, bool) else None
+            asked = True
+    if asked:
+        memo.rows = []
+        rows = ui_task_rows(store, liveness, settings, task, facts, state)
+    label = await _label_of(store, settings, task, facts)
+    return [{**row, "foreach_label": label} for row in rows] if label else rows
+
+
+async def _label_of(store: Store, settings: Settings, task: TaskNode, facts: TaskFacts) -> str:
+    """`<task id>[<index>]`, "" outside of a foreach; from metadata, or for older Metaflow from an artifact."""
+    memo = task.memo
+    if memo.label is not None:
+        return str(memo.label)
+    if facts.foreach_stack is None:
+        if _is_over(facts):
+            memo.label = ""
+        return ""
+    label = None
+    for record in await store.metadata(task):
+        if record.get("field_name") == "foreach-execution-path":
+            label = foreach_label(task.id, execution_path=record.get("value"))
+            break
+    if label is None:
+        for record in await store.artifacts(task):
+            if record["name"] == "_foreach_stack":
+                value = await in_thread(read_artifact, settings.metaflow_dir, record)
+                label = foreach_label(task.id, stack=value.value)
+                break
+    if label is not None or _is_over(facts):
+        memo.label = label or ""
+    return label or ""
+
+
+def ui_metadata_row(record: Record) -> Record:
+    """A row of .../metadata; attempt_id from the record's `attempt_id:N` tag, null without one."""
+    run, task = str(record.get("run_number")), str(record.get("task_id"))
+    return {
+        "id": record.get("id"),
+        "flow_id": record.get("flow_id"),
+        "run_number": public_id(run),
+        "run_id": _own_number(run),
+        "step_name": record.get("step_name"),
+        "task_id": public_id(task),
+        "task_name": _own_number(task),
+        "attempt_id": attempt_of_tags(record.get("tags")),
+        "field_name": str(record.get("field_name")),  # the UI's task page crashes on null
+        "value": value_text(record.get("value")),
+        "type": record.get("type"),
+        "user_name": record.get("user_name"),
+        "ts_epoch": record.get("ts_epoch"),
+        "tags": record.get("tags"),
+        "system_tags": record.get("system_tags"),
+    }
+
+
+def ui_artifact_row(record: Record, run: RunNode) -> Record:
+    """A row of .../artifacts; tags are the run's."""
+    task = str(record.get("task_id"))
+    return {
+        "flow_id": run.flow,
+        "run_number": public_id(run.id),
+        "run_id": _own_number(run.id),
+        "step_name": record.get("step_name"),
+        "task_id": public_id(task),
+        "task_name": _own_number(task),
+        "name": record.get("name"),
+        "location": record.get("location"),
+        "ds_type": record.get("ds_type"),
+        "sha": record.get("sha"),
+        "type": record.get("type"),
+        "content_type": record.get("content_type"),
+        "user_name": record.get("user_name"),
+        "attempt_id": record.get("attempt_id"),
+        "ts_epoch": record.get("ts_epoch"),
+        "tags": _list_of(run.self_record, "tags"),
+        "system_tags": _list_of(run.self_record, "system_tags"),
+    }
+
+
+def asks_for_local_artifacts(args: _UiArgs) -> bool:
+    """Whether this is the UI's question if a run keeps its artifacts locally (`?ds_type=local&_limit=1`).
+
+    It warns that they cannot be shown when the answer is not empty. Here they can, so the answer to exactly
+    this question, on a run, is that there are none.
+    """
+    return sorted(args) == [("_limit", "1"), ("ds_type", "local")]
+
+
+# -- subscriptions
+
+
+class UiSocket(Protocol):
+    """What sections 12 and 13 need of an open WebSocket."""
+
+    @property
+    def request(self) -> Request:
+        """The request that opened it."""
+
+    async def receive(self) -> Optional[str]:
+        """The next text message, None when closed."""
+
+    def send_text(self, text: str) -> bool:
+        """Queues a message without waiting; False when the client is gone or, over WS_MAX_QUEUE, was dropped."""
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Begins the closing handshake."""
+
+
+class _Target(NamedTuple):
+    """What a resource's path names; `newest`: only a task's newest attempt."""
+
+    kind: str
+    flow: Optional[str] = None
+    run: Optional[str] = None
+    step: Optional[str] = None
+    task: Optional[str] = None
+    newest: bool = False
+
+
+def _target(kind: str, ids: Sequence[str], newest: bool = False) -> _Target:
+    flow, run, step, task = (*ids, None, None, None, None)[:4]
+    return _Target(kind, flow, run, step, task, newest)
+
+
+_OF_RUN = frozenset(("steps", "tasks", "metadata", "artifacts", "parameters"))
+
+
+def parse_resource(path: str) -> Optional[_Target]:
+    """The target of a subscription (api 4.3), None for a path of which nothing is ever told. Problem(400)."""
+    parts = [percent_decode(part) for part in path.split("/")]
+    if parts.pop(0) or not all(parts):
+        return None
+    names, ids = parts[0::2], parts[1::2]
+    if names == ["flows"] or parts == ["runs"]:
+        return _target(names[0], ids)
+    if names[:2] != ["flows", "runs"]:
+        return None
+    if len(names) == 2:
+        return _target("runs", ids)
+    whole = len(ids) == len(names)
+    if len(names) == 3 and names[2] in _OF_RUN:
+        if not whole:
+            return _target(names[2], ids)
+        return _target("steps", ids) if names[2] == "steps" else None
+    if names[2] == "steps" and len(names) == 4 and names[3] in ("tasks", "artifacts"):
+        if not whole:
+            return _target(names[3], ids)
+        return _target("tasks", ids, newest=True) if names[3] == "tasks" else None
+    if names[2:4] == ["steps", "tasks"] and len(names) == 5 and not whole:
+        kind = "tasks" if names[4] == "attempts" else names[4]
+        return _target(kind, ids) if kind in ("tasks", "metadata", "artifacts") else None
+    return None
+
+
+class Client:
+    """One WebSocket and what it subscribes to, by uuid. Made by Subscriptions.connect."""
+
+    __slots__ = ("socket", "subscriptions")
+
+    def __init__(self, socket: UiSocket) -> None:
+        self.socket = socket
+        self.subscriptions: Dict[str, _Subscription] = {}
+
+
+class _Subscription:
+    """One SUBSCRIBE: `resource` without the query, `contents`: artifact rows with their values."""
+
+    __slots__ = ("client", "uuid", "resource", "target", "filters", "contents", "only_step", "active")
+
+    def __init__(self, client: Client, uuid: str, resource: str) -> None:
+        path, _, query = resource.partition("?")
+        args = Request("GET", path, query).args()
+        self.client = client
+        self.uuid = uuid
+        self.resource = path
+        self.target = parse_resource(path)
+        target = self.target
+        if target is not None and target.kind == "artifacts" and not target.step and asks_for_local_artifacts(args):
+            self.target = None
+        columns = UI_COLUMNS.get(target.kind, {}) if target else {}
+        self.filters = parse_filters(args, columns)
+        self.contents = ("postprocess", "true") in args
+        steps = [value for name, value in args if name == "step_name" and "," not in value]
+        self.only_step = target.step if target and target.step else steps[0] if steps else None
+        self.active = True
+
+    def covers(self, task: TaskNode) -> bool:
+        """Whether the path, or a plain filter on the step, lets a task of its run through."""
+        target = self.target
+        if target is None or (self.only_step is not None and self.only_step != task.step.name):
+            return False
+        return target.task is None or target.task == task.id
+
+    def send(self, kind: str, row: Record, text: str) -> None:
+        """Sends a row (`text` = its JSON) if it passes the filters."""
+        if self.active and matches(row, self.filters):
+            frame = '{"type": "%s", "uuid": %s, "resource": %s, "data": %s}' % (
+                kind, dumps(self.uuid).decode(), dumps(self.resource).decode(), text,
+            )  # fmt: skip
+            if not self.client.socket.send_text(frame):
+                self.active = False
+
+
+class _Look:
+    """What was there of a run when somebody subscribed to a part of it, and what has been seen since.
+
+    tasks: stamp of each task's facts, None once its directory is not looked at any more. seen: the rows of
+    (kind, task) that subscribers have been told of or could read for themselves; begun in ms.
+    """
+
+    __slots__ = ("steps", "tasks", "seen", "begun", "due")
+
+    def __init__(self) -> None:
+        self.steps: Set[StepNode] = set()
+        self.tasks: Dict[TaskNode, Optional[Tuple[int, int]]] = {}
+        self.seen: Dict[Tuple[str, TaskNode], Set[Any]] = {}
+        self.begun = now_ms()
+        self.due = 0.0
+
+
+class _Job:
+    """One object of which something may have to be told."""
+
+    __slots__ = ("kind", "node", "new", "quiet", "attempts", "rows", "diff")
+
+    def __init__(self, kind: str, node: Any) -> None:
+        self.kind = kind
+        self.node = node
+        self.new = False
+        self.quiet = False  # nothing is known to have changed: tell only what differs
+        self.attempts: Dict[int, bool] = {}  # attempt -> whether it is new
+        self.rows: List[Record] = []
+        self.diff = False  # look for new rows on disk
+
+
+class _Order(NamedTuple):
+    """Something to be done between events: baseline or replay of a subscription, or a run's late judgement."""
+
+    what: str
+    subscription: Optional[_Subscription] = None
+    since: float = 0.0
+
+
+_Pending = Union[Event, _Order]
+_ROW_KINDS = ("metadata", "artifacts")
+
+
+class Subscriptions:
+    """Tells the clients of /api/ws what changes: whole rows, filtered, each object's in the order of its changes.
+
+    The store's events only go into a queue; one task takes them out in bundles, makes the rows as they are
+    then, and sends those that differ from what was sent last. So a frame is never older than one before it.
+    Another task looks at what local mode writes and at what changes by time alone. Both live only while
+    somebody subscribes; without subscribers an event costs one comparison.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        liveness: Liveness,
+        settings: Settings,
+        log: Optional[Callable[[str], None]] = None,
+    ) -> None:
+        self._store = store
+        self._liveness = liveness
+        self._settings = settings
+        self._log = log or (lambda text: None)
+        self._index: Dict[Tuple[str, Optional[str], Optional[str]], Dict[_Subscription, None]] = {}
+        self._count = 0
+        self._pending: Deque[_Pending] = deque()
+        self._wake: Optional[asyncio.Event] = None
+        self._tasks: List[asyncio.Task[None]] = []
+        self._forget()
+        store.listeners.append(self._listen)
+
+    def _forget(self) -> None:
+        """Everything remembered for the sake of subscribers."""
+        self._pending.clear()
+        self._sent: Dict[Tuple[str, Any], Any] = {}  # (kind, node) -> hash, or for tasks attempt -> hash
+        self._looks: Dict[RunNode, _Look] = {}
+        self._known: Set[Union[FlowNode, RunNode]] = set()
+        self._recent: Dict[RunNode, float] = {}  # run -> when to judge it again (monotonic s)
+        self._late: Dict[RunNode, None] = {}
+        self._absent: Set[Tuple[str, str]] = set()  # (flow, run) that are subscribed to and not there yet
+        self._states: Dict[RunNode, Tuple[float, RunStatus]] = {}
+        self._primed = False
+
+    # -- clients
+
+    def connect(self, socket: UiSocket) -> Client:
+        """A new client; give its messages to `receive` and end with `disconnect`."""
+        return Client(socket)
+
+    def disconnect(self, client: Client) -> None:
+        """Ends all subscriptions of a client."""
+        for subscription in list(client.subscriptions.values()):
+            self._remove(subscription)
+
+    @property
+    def clients(self) -> int:
+        """How many clients have a subscription."""
+        return len({id(subscription.client) for subs in self._index.values() for subscription in subs})
+
+    def receive(self, client: Client, text: str) -> None:
+        """One message: `__ping__`, SUBSCRIBE or UNSUBSCRIBE. What is none of these is ignored, as recorded (api 4.1)."""
+        if text == "__ping__":
+            client.socket.send_text("__pong__")
+            return
+        try:
+            message = loads(text.encode("utf-8", "replace"))
+            if not isinstance(message, dict) or not isinstance(message.get("uuid"), str):
+                return
+            uuid, resource = message["uuid"], message.get("resource")
+            if message.get("type") == "UNSUBSCRIBE":
+                self._unsubscribe(client, uuid)
+            elif message.get("type") == "SUBSCRIBE" and isinstance(resource, str):
+                self._unsubscribe(client, uuid)
+                if len(client.subscriptions) < WS_MAX_SUBSCRIPTIONS and len(uuid) <= WS_MAX_UUID:
+                    if len(resource) <= WS_MAX_RESOURCE:
+                        self._subscribe(client, _Subscription(client, uuid, resource), message.get("since"))
+        except Problem:
+            return
+
+    def _unsubscribe(self, client: Client, uuid: str) -> None:
+        old = client.subscriptions.get(uuid)
+        if old is not None:
+            self._remove(old)
+
+    def _subscribe(self, client: Client, subscription: _Subscription, since: Any) -> None:
+        client.subscriptions[subscription.uuid] = subscription
+        target = subscription.target
+        if target is None:
+            return  # accepted and silent, as recorded
+        self._index.setdefault((target.kind, target.flow, target.run), {})[subscription] = None
+        self._count += 1
+        self._start()
+        self._put(_Order("baseline", subscription))
+        begin = _since_seconds(since)
+        if begin is not None:
+            self._put(_Order("replay", subscription, begin))
+
+    def _remove(self, subscription: _Subscription) -> None:
+        subscription.active = False
+        subscription.client.subscriptions.pop(subscription.uuid, None)
+        target = subscription.target
+        if target is None:
+            return
+        key = (target.kind, target.flow, target.run)
+        subscriptions = self._index.get(key, {})
+        if subscriptions.pop(subscription, self) is self:
+            return
+        if not subscriptions:
+            del self._index[key]
+        self._count -= 1
+        if not self._count:
+            self.stop()
+
+    def _start(self) -> None:
+        if self._tasks:
+            return
+        import asyncio
+
+        self._wake = asyncio.Event()
+        self._tasks = [asyncio.ensure_future(self._work(self._wake)), asyncio.ensure_future(self._watch())]
+
+    def stop(self) -> None:
+        """Stops telling anything, until the next SUBSCRIBE."""
+        for task in self._tasks:
+            task.cancel()
+        self._tasks, self._wake = [], None
+        self._forget()
+
+    # -- events
+
+    def _listen(self, event: Event) -> None:
+        if self._wake is not None:
+            self._pending.append(event)
+            if len(self._pending) == 1:
+                self._wake.set()
+
+    def _put(self, item: _Pending) -> None:
+        self._pending.append(item)
+        if self._wake is not None:
+            self._wake.set()
+
+    async def _work(self, wake: asyncio.Event) -> None:
+        from asyncio import sleep
+
+        while True:
+            await wake.wait()
+            await sleep(COALESCE)
+            wake.clear()
+            batch = list(self._pending)
+            self._pending.clear()
+            jobs: Dict[Tuple[str, Any], _Job] = {}
+            for item in batch:
+                if isinstance(item, Event):
+                    self._sort_in(item, jobs)
+                else:
+                    await self._run_jobs(jobs)
+                    await self._guard(self._obey(item))
+            await self._run_jobs(jobs)
+
+    async def _guard(self, work: Awaitable[None]) -> None:
+        """Nothing that one object has wrong may end the telling of all others."""
+        try:
+            await work
+        except Exception:
+            self._log(traceback.format_exc())
+
+    async def _run_jobs(self, jobs: Dict[Tuple[str, Any], _Job]) -> None:
+        pace = Pacer()
+        while jobs:
+            await self._guard(self._tell(jobs.pop(next(iter(jobs)))))
+            await pace()
+
+    def _sort_in(self, event: Event, jobs: Dict[Tuple[str, Any], _Job]) -> None:
+        """Turns an event into jobs; events of one object become one. Runs are judged last: it is their tasks that move them."""
+        kind, run, task = event.kind, event.run, event.task
+
+        def job(of: str, node: Any) -> _Job:
+            found = jobs.get((of, node))
+            if found is None:
+                found = jobs[of, node] = _Job(of, node)
+            return found
+
+        urgent = kind in ("tags", "signs", "judge")
+        if kind == "judge":
+            if (task and ("tasks", task) or ("runs", run)) not in jobs:
+                job("tasks" if task else "runs", task or run).quiet = True
+            return
+        if kind == "flow":
+            job("flows", event.flow).new = True
+        elif kind == "run":
+            job("new run", run).new = True
+        elif kind == "step":
+            job("steps", event.step).new = True
+            if event.step is not None and event.step.name != "_parameters":
+                job("parameters", run)
+        elif kind in ("task", "changed") and task is not None:
+            job("tasks", task).new |= kind == "task"
+            job("tasks", task).diff |= kind == "changed" or not self._is_ours(task.run)
+        elif kind == "metadata" and task is not None:
+            job(kind, task).rows += event.rows
+            urgent = self._sort_metadata(task, event.rows, job)
+        elif kind == "artifact" and task is not None:
+            job("artifacts", task).rows += event.rows
+            if task.step.name == "_parameters":
+                job("parameters", run)
+            if any(row.get("name") == "_task_ok" for row in event.rows):
+                job("tasks", task)
+        elif kind == "signs" and task is not None:
+            job("tasks", task)
+        if run is not None and kind not in ("run", "step"):
+            self._sort_run(run, urgent, jobs)
+
+    def _sort_metadata(self, task: TaskNode, rows: Iterable[Record], job: Callable[[str, Any], _Job]) -> bool:
+        """Which attempts the rows are about; True when one of them may end the run."""
+        urgent = False
+        for row in rows:
+            field, number = row.get("field_name"), None
+            if field in ("attempt", "attempt-done"):
+                text = str(row.get("value"))
+                number = int(text) if is_number(text) else None
+            elif field == "attempt_ok":
+                number = attempt_of_tags(row.get("tags")) or 0
+                urgent |= truth(row.get("value")) is False or task.step.name == self._store.end_step(task.run)
+            elif field == "foreach-stack":
+                job("tasks", task)
+            if number is not None:
+                attempts = job("tasks", task).attempts
+                attempts[number] = attempts.get(number, False) or (field == "attempt" and number > 0)
+        return urgent
+
+    def _sort_run(self, run: RunNode, urgent: bool, jobs: Dict[Tuple[str, Any], _Job]) -> None:
+        small = sum([len(step.children) for step in run.children.values()]) <= RUN_AT_ONCE
+        if urgent or small:
+            jobs.pop(("runs", run), None)
+            jobs["runs", run] = _Job("runs", run)
+        else:
+            self._late[run] = None
+
+    # -- telling
+
+    def _interested(self, kind: str, flow: str, run: Optional[str] = None) -> List[_Subscription]:
+        found: List[_Subscription] = []
+        for key in (
+            ((kind, None, None), (kind, flow, None), (kind, flow, run))
+            if run
+            else ((kind, None, None), (kind, flow, None))
+        ):
+            found += self._index.get(key, ())
+        return found
+
+    def _interested_in(self, kind: str, task: TaskNode) -> List[_Subscription]:
+        run = task.run
+        return [sub for sub in self._index.get((kind, run.flow, run.id), ()) if sub.covers(task)]
+
+    def _send(self, subscriptions: Iterable[_Subscription], kind: str, row: Record) -> None:
+        text = dumps(row).decode("ascii")
+        for subscription in subscriptions:
+            subscription.send(kind, row, text)
+            if not subscription.active:
+                self.disconnect(subscription.client)
+
+    async def _tell(self, job: _Job) -> None:
+        kind, node = job.kind, job.node
+        if kind == "flows":
+            self._tell_flow(node)
+        elif kind == "new run":
+            await self._tell_run(node, new=True)
+        elif kind == "runs":
+            await self._tell_run(node, quiet=job.quiet)
+        elif kind == "steps":
+            await self._tell_step(node)
+        elif kind == "tasks":
+            await self._tell_task(job)
+        elif kind in ("metadata", "artifacts"):
+            await self._tell_rows(kind, node, job.rows)
+        else:
+            await self._tell_parameters(node)
+
+    def _differs(self, key: Tuple[str, Any], row: Record) -> bool:
+        """Whether a row is another than the one sent last; remembers it. What only counts time does not differ."""
+        mark = _row_mark(row)
+        if self._sent.get(key) == mark:
+            return False
+        if len(self._sent) > SENT_KEPT:
+            self._sent.clear()  # what is unchanged is then told once more
+        self._sent[key] = mark
+        return True
+
+    def _tell_flow(self, flow: FlowNode) -> None:
+        self._known.add(flow)
+        subscriptions = self._interested("flows", flow.name)
+        row = flow_row(flow.record or {})
+        if subscriptions and self._differs(("flows", flow), row):
+            self._send(subscriptions, "INSERT", row)
+
+    async def _state(self, run: RunNode, fresh: bool = False) -> RunStatus:
+        """A run's status, at most a second old."""
+        known = self._states.get(run)
+        now = time.monotonic()
+        if known is not None and not fresh and now - known[0] < 1.0:
+            return known[1]
+        state = await ui_run_state(self._store, self._liveness, self._settings, run)
+        if len(self._states) > 1000:
+            self._states.clear()
+        self._states[run] = (time.monotonic(), state)
+        return state
+
+    async def _tell_run(self, run: RunNode, *, new: bool = False, quiet: bool = False) -> None:
+        """`quiet`: nobody has said that something changed, so only a difference is told, or that an unknown one runs."""
+        self._known.add(run)
+        key = ("runs", run)
+        before = self._states.get(run)
+        subscriptions = self._interested("runs", run.flow, run.id)
+        tasks = self._index.get(("tasks", run.flow, run.id))
+        if not subscriptions and not tasks:
+            self._sent.pop(key, None)
+            return
+        if subscriptions and self._index.keys() & {("runs", None, None), ("runs", run.flow, None)}:
+            self._recent.setdefault(run, time.monotonic() + JUDGE_INTERVAL)
+        state = await self._state(run, fresh=True)
+        if tasks and (before is None or before[1].status != state.status):
+            await self._judge_tasks(run, state)
+        known = key in self._sent
+        row = make_run_row(run, state, self._liveness.heartbeat(run))
+        if self._differs(key, row) and (known or not quiet or state.status == RUNNING):
+            self._send(subscriptions, "INSERT" if new and not known else "UPDATE", row)
+
+    async def _tell_step(self, step: StepNode) -> None:
+        run = step.run
+        look = self._looks.get(run)
+        if look is not None:
+            look.steps.add(step)
+        found = self._index.get(("steps", run.flow, run.id), ())
+        subscriptions = [sub for sub in found if sub.target is not None and sub.target.step in (None, step.name)]
+        if subscriptions and ("steps", step) not in self._sent:
+            state = await self._state(run)
+            row = await ui_step_row(self._store, self._liveness, self._settings, step, state)
+            if self._differs(("steps", step), row):
+                self._send(subscriptions, "INSERT", row)
+
+    async def _tell_task(self, job: _Job) -> None:
+        task: TaskNode = job.node
+        subscriptions = self._interested_in("tasks", task)
+        key = ("tasks", task)
+        if subscriptions:
+            facts = self._store.facts(task)
+            state = None if _is_over(facts) else await self._state(task.run)
+            rows = await ui_task_details(self._store, self._liveness, self._settings, task, facts, state)
+            sent = self._sent.setdefault(key, {})
+            for row in rows:
+                number, last = row["attempt_id"], row is rows[-1]
+                fresh = number not in sent
+                mark = _row_mark(row)
+                if sent.get(number) == mark or (fresh and not (job.new or last or number in job.attempts)):
+                    continue
+                sent[number] = mark
+                if job.quiet and fresh and row["status"] not in (RUNNING, PENDING):
+                    continue
+                inserted = fresh and (job.new or job.attempts.get(number, False))
+                wanted = [sub for sub in subscriptions if last or not (sub.target and sub.target.newest)]
+                self._send(wanted, "INSERT" if inserted else "UPDATE", row)
+        else:
+            self._sent.pop(key, None)
+        if job.diff:
+            await self._tell_new_rows(task)
+
+    async def _judge_tasks(self, run: RunNode, state: RunStatus) -> None:
+        """Tells what became of a run's unfinished tasks; no files are looked at."""
+        pace = Pacer()
+        for step in list(run.children.values()):
+            for task in list(step.children.values()):
+                facts = task.facts
+                if facts is None or not _is_over(facts):
+                    job = _Job("tasks", task)
+                    job.quiet = True
+                    await self._tell_task(job)
+                    await pace()
+
+    async def _tell_rows(self, kind: str, task: TaskNode, records: Sequence[Record]) -> None:
+        """New metadata or artifact records of a task, each told once."""
+        subscriptions = self._interested_in(kind, task)
+        if not subscriptions:
+            return
+        full = [sub for sub in subscriptions if sub.contents]
+        plain = [sub for sub in subscriptions if not sub.contents]
+        pace = Pacer()
+        for record in self._unseen(kind, task, records):
+            if kind == "metadata":
+                self._send(subscriptions, "INSERT", ui_metadata_row(record))
+            else:
+                row = ui_artifact_row(record, task.run)
+                self._send(plain, "INSERT", row)
+                if full:
+                    content = await in_thread(
+                        artifact_content,
+                        self._settings.metaflow_dir,
+                        record,
+                        data_roots=data_roots(self._settings),
+                    )
+                    self._send(full, "INSERT", {**row, **content})
+            await pace()
+
+    def _unseen(self, kind: str, task: TaskNode, records: Iterable[Record]) -> List[Record]:
+        """Those that no subscriber could know of, marked as seen; oldest first."""
+        look = self._looks.get(task.run)
+        if look is None:
+            return list(records)
+        seen = look.seen.get((kind, task))
+        if seen is None:
+            if task in look.tasks:  # it was there before, and nobody cared about its rows then
+                records = [record for record in records if (record.get("ts_epoch") or 0) >= look.begun]
+            seen = look.seen[kind, task] = set()
+        fresh = []
+        for record in records:
+            mark = _record_mark(kind, record)
+            if mark not in seen:
+                seen.add(mark)
+                fresh.append(record)
+        return fresh
+
+    async def _tell_new_rows(self, task: TaskNode) -> None:
+        """What local mode has added to a task, found by comparing with what was seen."""
+        if self._is_ours(task.run):
+            return
+        if self._interested_in("metadata", task):
+            await self._tell_rows("metadata", task, (await self._store.metadata(task))[::-1])
+        if self._interested_in("artifacts", task):
+            await self._tell_rows("artifacts", task, await self._store.artifacts(task))
+        if task.step.name == "_parameters":
+            await self._tell_parameters(task.run)
+
+    async def _tell_parameters(self, run: RunNode) -> None:
+        subscriptions = self._index.get(("parameters", run.flow, run.id))
+        if subscriptions:
+            row = await ui_parameters(self._store, self._settings, run)
+            if row and self._differs(("parameters", run), row):
+                self._send(list(subscriptions), "UPDATE", row)
+
+    # -- orders
+
+    async def _obey(self, order: _Order) -> None:
+        subscription = order.subscription
+        if subscription is None or subscription.target is None or not subscription.active:
+            return
+        target = subscription.target
+        if target.run is None:
+            if not self._primed:
+                self._primed = True
+                await self._prime()
+        else:
+            run = self._store.run(target.flow or "", target.run)
+            if run is None:
+                self._absent.add((target.flow or "", target.run))
+            elif order.what == "baseline":
+                await self._baseline(subscription, run)
+        if order.what == "replay":
+            await self._replay(subscription, order.since)
+
+    async def _prime(self) -> None:
+        """Learns which flows and runs there are, and how the newest runs stand."""
+        pace = Pacer()
+        for flow in await self._store.flows():
+            self._known.add(flow)
+            runs = await self._store.runs(flow)
+            self._known.update(runs)
+            for run in runs[:WATCHED_RUNS]:
+                state = await self._state(run)
+                self._differs(("runs", run), make_run_row(run, state, self._liveness.heartbeat(run)))
+                if state.status != COMPLETED:
+                    self._recent[run] = time.monotonic() + JUDGE_INTERVAL
+                await pace()
+
+    async def _baseline(self, subscription: _Subscription, run: RunNode) -> None:
+        """Remembers what a subscriber to a run or a part of it can read for itself now."""
+        target = subscription.target
+        if target is None:
+            return
+        look = self._looks.get(run)
+        if look is None:
+            look = _Look()
+            pace = Pacer()
+            for step in self._store.steps(run):
+                look.steps.add(step)
+                for task in await self._store.tasks(step):
+                    look.tasks[task] = _facts_stamp(task, self._store.facts(task))
+                    await pace()
+            self._looks[run] = look
+        state = await self._state(run)
+        if target.kind == "runs":
+            self._sent.setdefault(("runs", run), _row_mark(make_run_row(run, state, self._liveness.heartbeat(run))))
+        elif target.kind == "tasks":
+            await self._baseline_tasks(subscription, look, state)
+        elif target.kind == "parameters":
+            row = await ui_parameters(self._store, self._settings, run)
+            if row:
+                self._sent.setdefault(("parameters", run), _row_mark(row))
+        elif target.kind in _ROW_KINDS and not self._is_ours(run):
+            await self._baseline_rows(subscription, look)
+
+    async def _baseline_tasks(self, subscription: _Subscription, look: _Look, state: RunStatus) -> None:
+        pace = Pacer()
+        for task in list(look.tasks):
+            facts = task.facts
+            if facts is not None and not _is_over(facts) and subscription.covers(task):
+                rows = await ui_task_details(self._store, self._liveness, self._settings, task, facts, state)
+                sent = self._sent.setdefault(("tasks", task), {})
+                for row in rows:
+                    sent.setdefault(row["attempt_id"], _row_mark(row))
+            await pace()
+
+    async def _baseline_rows(self, subscription: _Subscription, look: _Look) -> None:
+        kind = subscription.target.kind if subscription.target else ""
+        for task in list(look.tasks):
+            if (kind, task) in look.seen or not subscription.covers(task) or self._is_settled(task):
+                continue
+            records = await (self._store.metadata(task) if kind == "metadata" else self._store.artifacts(task))
+            look.seen[kind, task] = {_record_mark(kind, record) for record in records}
+
+    def _is_settled(self, task: TaskNode) -> bool:
+        """Whether a task finished so long ago that nothing more is written about it."""
+        facts = task.facts
+        if facts is None or not _is_over(facts) or now_ms() - facts.changed_at < SETTLED_AFTER:
+            return False
+        return facts.attempts[max(facts.attempts)].ok is not False or now_ms() - facts.changed_at > FAILED_FOR_LONG
+
+    def _is_ours(self, run: RunNode) -> bool:
+        """Whether a run is written through this service, so that every change comes as an event."""
+        signs = self._store.signs(run)
+        return signs.heartbeat is not None or signs.lease is not None or self._liveness.alive(run) is True
+
+    async def _replay(self, subscription: _Subscription, since: float) -> None:
+        """Sends the rows, as they are now, of what changed since then (s): what happened while a client was away."""
+        target = subscription.target
+        begin = int(max(since, time.time() - REPLAY_SECONDS) * 1000)
+        found: List[Tuple[int, str, Record]] = []
+        if target is None:
+            return
+        if target.kind == "flows":
+            for flow in await self._store.flows():
+                created = (flow.record or {}).get("ts_epoch") or 0
+                if created >= begin and target.flow in (None, flow.name):
+                    found.append((created, "INSERT", flow_row(flow.record or {})))
+        elif target.run is None:
+            await self._replay_runs(target, begin, found)
+        else:
+            run = self._store.run(target.flow or "", target.run)
+            if run is not None:
+                await self._replay_run(subscription, run, begin, found)
+        found.sort(key=lambda item: item[0])
+        for _, kind, row in found:
+            self._send([subscription], kind, row)
+
+    async def _replay_runs(self, target: _Target, begin: int, found: List[Tuple[int, str, Record]]) -> None:
+        pace = Pacer()
+        for flow in await self._store.flows():
+            if target.flow in (None, flow.name):
+                for place, run in enumerate(await self._store.runs(flow)):
+                    changed = _run_changed(run)
+                    if changed >= begin or place < WATCHED_RUNS or run in self._recent:
+                        await self._replay_one_run(run, begin, found)
+                    await pace()
+
+    async def _replay_one_run(self, run: RunNode, begin: int, found: List[Tuple[int, str, Record]]) -> None:
+        state = await self._state(run)
+        changed = max(_run_changed(run), state.finished_at or 0)
+        if state.status == RUNNING or changed >= begin:
+            kind = "INSERT" if (run.self_record.get("ts_epoch") or 0) >= begin else "UPDATE"
+            found.append((changed, kind, make_run_row(run, state, self._liveness.heartbeat(run))))
+
+    async def _replay_run(
+        self, subscription: _Subscription, run: RunNode, begin: int, found: List[Tuple[int, str, Record]]
+    ) -> None:
+        kind = subscription.target.kind if subscription.target else ""
+        state, pace = await self._state(run), Pacer()
+        if kind == "runs":
+            await self._replay_one_run(run, begin, found)
+        elif kind == "parameters":
+            row = await ui_parameters(self._store, self._settings, run)
+            if row:
+                found.append((0, "UPDATE", row))
+        elif kind == "steps":
+            for step in self._store.steps(run):
+                created = (step.record or {}).get("ts_epoch") or 0
+                if created >= begin and subscription.only_step in (None, step.name):
+                    row = await ui_step_row(self._store, self._liveness, self._settings, step, state)
+                    found.append((created, "INSERT", row))
+        else:
+            for task, facts in await self._store.run_facts(run):
+                if subscription.covers(task):
+                    await self._replay_task(subscription, task, facts, state, begin, found)
+                await pace()
+
+    async def _replay_task(
+        self,
+        subscription: _Subscription,
+        task: TaskNode,
+        facts: TaskFacts,
+        state: RunStatus,
+        begin: int,
+        found: List[Tuple[int, str, Record]],
+    ) -> None:
+        if facts.changed_at < begin and _is_over(facts):
+            return
+        target = subscription.target
+        if target is None:
+            return
+        if target.kind == "tasks":
+            rows = await ui_task_details(self._store, self._liveness, self._settings, task, facts, state)
+            for row in rows[-1:] if target.newest else rows:
+                began = row["started_at"] or row["ts_epoch"] or 0
+                changed = max(began, row["finished_at"] or 0)
+                if changed >= begin or row["status"] in (RUNNING, PENDING):
+                    found.append((changed, "INSERT" if began >= begin else "UPDATE", row))
+            return
+        metadata = target.kind == "metadata"
+        for record in await (self._store.metadata(task) if metadata else self._store.artifacts(task)):
+            written = record.get("ts_epoch") or 0
+            if written >= begin:
+                row = ui_metadata_row(record) if metadata else ui_artifact_row(record, task.run)
+                if subscription.contents and not metadata:
+                    row.update(await in_thread(artifact_content, self._settings.metaflow_dir, record))
+                found.append((written, "INSERT", row))
+
+    # -- what no event tells
+
+    async def _watch(self) -> None:
+        """Looks at what local mode writes, and judges again what grows old; finds go into the queue of events."""
+        from asyncio import sleep
+
+        while True:
+            await sleep(WATCH_INTERVAL)
+            if self._primed:
+                await self._guard(self._look_at_all())
+            self._find_absent()
+            wanted = {(key[1], key[2]) for key in self._index}
+            for run, look in list(self._looks.items()):
+                if (run.flow, run.id) in wanted:
+                    await self._guard(self._look_at(run, look))
+                else:
+                    self._looks.pop(run, None)
+            late, self._late = self._late, {}
+            for run in late:
+                self._put(self._judging(run))
+
+    def _judging(self, run: RunNode, task: Optional[TaskNode] = None) -> Event:
+        """An event of our own: perhaps nothing but time has changed."""
+        flow = self._store.flow(run.flow) or FlowNode(self._store.root, run.flow)
+        return Event("judge", flow, run, task.step if task else None, task)
+
+    def _find_absent(self) -> None:
+        """Runs that somebody waits for: all that is in them will be new to him."""
+        for flow_name, run_id in list(self._absent):
+            run = self._store.run(flow_name, run_id)
+            if run is not None:
+                self._absent.discard((flow_name, run_id))
+                self._looks.setdefault(run, _Look())
+                flow = self._store.flow(flow_name)
+                if flow is not None:
+                    self._put(Event("run", flow, run))
+
+    async def _look_at_all(self) -> None:
+        """New flows and runs, and the newest runs that may have ended or come back."""
+        pace = Pacer()
+        for flow in await self._store.flows():
+            if flow not in self._known:
+                self._known.add(flow)
+                self._put(Event("flow", flow))
+            for run in await self._store.runs(flow):
+                if run not in self._known:
+                    self._known.add(run)
+                    self._put(Event("run", flow, run))
+            await pace()
+        for run, due in list(self._recent.items()):
+            if time.monotonic() >= due:
+                state = await self._state(run)
+                if state.status == COMPLETED:
+                    self._recent.pop(run, None)
+                else:
+                    after = JUDGE_INTERVAL if state.status == RUNNING else JUDGE_FAILED
+                    self._recent[run] = time.monotonic() + after
+                self._put(self._judging(run))
+                await pace()
+
+    async def _look_at(self, run: RunNode, look: _Look) -> None:
+        """One run that somebody has open: its tags, new steps and tasks, changed tasks, and its status."""
+        if self._store.run(run.flow, run.id) is not run or time.monotonic() < look.due:
+            return
+        state = await self._state(run)
+        ours = self._is_ours(run)
+        if state.status == RUNNING:
+            pause = JUDGE_INTERVAL - WATCH_INTERVAL if ours else 0.0
+        elif now_ms() - (state.finished_at or 0) < SETTLED_AFTER:
+            pause = 0.0
+        else:
+            pause = JUDGE_FAILED if state.status == FAILED else LOOK_COMPLETED
+        look.due = time.monotonic() + pause
+        if not ours:
+            await self._look_at_files(run, look)
+        self._put(self._judging(run))
+        if state.status == RUNNING and ("tasks", run.flow, run.id) in self._index:
+            for step in list(run.children.values()):
+                for task in list(step.children.values()):
+                    if task.facts is None or not _is_over(task.facts):
+                        self._put(self._judging(run, task))
+
+    async def _look_at_files(self, run: RunNode, look: _Look) -> None:
+        flow, pace = self._store.flow(run.flow), Pacer()
+        if flow is None:
+            return
+        for step in self._store.steps(run):
+            if step not in look.steps:
+                look.steps.add(step)
+                self._put(Event("step", flow, run, step))
+            for task in await self._store.tasks(step):
+                new_here = task not in look.tasks
+                stamp = look.tasks.get(task)
+                if stamp is None and not new_here:
+                    continue
+                now = _facts_stamp(task, self._store.facts(task))
+                if new_here:
+                    self._put(Event("task", flow, run, step, task))
+                elif stamp != now:
+                    self._put(Event("changed", flow, run, step, task))
+                look.tasks[task] = None if self._is_settled(task) else now
+                await pace()
+
+
+def _since_seconds(since: Any) -> Optional[float]:
+    """The moment (s) that a SUBSCRIBE wants to be told from; None for 0 and for what is no number."""
+    if isinstance(since, str) and is_number(since):
+        since = int(since)
+    return float(since) if type(since) in (int, float) and 0 < since < 1e15 else None
+
+
+def _row_mark(row: Record) -> int:
+    """Tells two rows apart, but not by what changes with every second of a running object."""
+    if "last_heartbeat_ts" in row:
+        row = {**row, "last_heartbeat_ts": None}
+        if row["finished_at"] is None:
+            row["duration"] = None
+    return hash(dumps(row))
+
+
+def _record_mark(kind: str, record: Record) -> Any:
+    """The file of a metadata or artifact record: what makes it one row."""
+    if kind == "metadata":
+        return record.get("field_name"), record.get("ts_epoch")
+    return record.get("attempt_id"), record.get("name")
+
+
+def _run_changed(run: RunNode) -> int:
+    """When a run was made or its tags were changed (ms)."""
+    written = run.sig[0] // 1_000_000 if run.sig else 0
+    return max(run.self_record.get("ts_epoch") or 0, written)
+
+
+async def ui_socket(subscriptions: Subscriptions, socket: UiSocket) -> None:
+    """Serves one WebSocket of /api/ws until it closes."""
+    client = subscriptions.connect(socket)
+    try:
+        while True:
+            text = await socket.receive()
+            if text is None:
+                return
+            subscriptions.receive(client, text)
+    finally:
+        subscriptions.disconnect(client)
+
+
+# ---- 13. UI API: what the official Metaflow UI asks (metaflow-service, its UI backend) ----
+API_PREFIX = "/api"  # the UI's default place for its API on its own origin
+LOG_LIMIT, MAX_LOG_LIMIT = 1000, 10_000  # rows of a log page, as the UI backend has them
+COMPLETED_TASKS = 25  # tasks per step whose artifact names are offered for completion: a step's tasks hardly differ
+SEARCH_SLICE = 50  # artifacts read at once by a search, between two messages of progress
+CONFIG_FILE_BYTES = 4 * MIB  # of a notifications, links or plugins file
+PLUGIN_FILE_BYTES = 32 * MIB  # of one file of a plugin
+
+FEATURES = {
+    "FEATURE_RUN_GROUPS": True,
+    "FEATURE_ARTIFACT_TABLE": True,
+    "FEATURE_ARTIFACT_SEARCH": True,
+    "FEATURE_FOREACH_VAR_SEARCH": True,
+}
+SEARCH_PATTERNS = (
+    f"{API_PREFIX}/search/flows/{{flow}}/runs/{{run}}",
+    f"{API_PREFIX}/flows/{{flow}}/runs/{{run}}/search",
+)
+_NEWEST_ATTEMPT: Order = (("attempt_id", True),)
+_BY_TIME: Order = (("ts_epoch", True),)
+
+
+async def ui_list(
+    request: Request,
+    parts: Sequence[bytes],
+    *,
+    page: int = 1,
+    has_more: bool = False,
+    last_page: Optional[int] = None,
+) -> Response:
+    """The UI's envelope around rows that are JSON already."""
+    shell = envelope(
+        [],
+        base_url(request.headers),
+        request.path,
+        request.args(),
+        page=page,
+        has_more=has_more,
+        last_page=last_page,
+    )
+    del shell["data"]
+    return Response(200, b'{"data": [' + b", ".join(parts) + b"], " + dumps(shell)[1:], JSON_TYPE)
+
+
+async def _encoded(rows: Iterable[Any]) -> List[bytes]:
+    """Rows as JSON, in slices."""
+    pace, parts = Pacer(), []
+    for row in rows:
+        parts.append(dumps(row))
+        await pace()
+    return parts
+
+
+def ui_one(request: Request, data: Any, status: int = 200) -> Response:
+    """The UI's envelope around a single object; what is missing is {} with 404, as recorded."""
+    return json_response(
+        envelope_one(data, base_url(request.headers), request.path, request.args(), status=status), status
+    )
+
+
+def _plain_values(args: Sequence[Tuple[str, str]], field: str) -> Optional[Set[str]]:
+    """The values that a filter `field=a,b` leaves possible, None when there is no such filter."""
+    values = [set(value.split(",")) for name, value in args if name in (field, field + ":eq")]
+    return set.intersection(*values) if values else None
+
+
+class UiApi:
+    """Handlers of every route of the UI backend; each collects rows, and section 6 filters, orders and pages them."""
+
+    def __init__(self, store: Store, liveness: Liveness, settings: Settings) -> None:
+        self.store = store
+        self.liveness = liveness
+        self.settings = settings
+
+    # -- finding
+
+    def _run(self, request: Request) -> Optional[RunNode]:
+        return self.store.run(request.params["flow"], request.params["run"])
+
+    def _step(self, request: Request) -> Optional[StepNode]:
+        run = self._run(request)
+        return self.store.step(run, request.params["step"]) if run else None
+
+    def _task(self, request: Request) -> Optional[TaskNode]:
+        step = self._step(request)
+        return self.store.task(step, request.params["task"]) if step else None
+
+    async def _tasks(self, request: Request) -> List[TaskNode]:
+        """The tasks below the path of a request: one, a step's or a run's; as far as a `step_name` filter lets them."""
+        if "task" in request.params:
+            task = self._task(request)
+            return [task] if task else []
+        if "step" in request.params:
+            step = self._step(request)
+            return await self.store.tasks(step) if step else []
+        run = self._run(request)
+        names = _plain_values(request.args(), "step_name")
+        tasks: List[TaskNode] = []
+        for step in self.store.steps(run) if run else []:
+            if names is None or step.name in names:
+                tasks += await self.store.tasks(step)
+        return tasks
+
+    async def _state(self, run: RunNode) -> RunStatus:
+        return await ui_run_state(self.store, self.liveness, self.settings, run)
+
+    # -- lists in general
+
+    async def _listed(
+        self, request: Request, kind: str, rows: Sequence[Row], first: Order = ()
+    ) -> Tuple[List[Row], ListQuery, bool]:
+        """(rows of the page, query, whether more follow) of all rows, newest first."""
+        query = parse_list_query(request.args(), UI_COLUMNS[kind], first=first)
+        if query.filters:
+            pace = Pacer()
+            kept: List[Row] = []
+            for row in rows:
+                if matches(row, query.filters):
+                    kept.append(row)
+                await pace()
+            rows = kept
+        picked, more = arrange(rows, query)
+        return picked, query, more
+
+    async def _answer(self, request: Request, kind: str, rows: Sequence[Row], first: Order = ()) -> Response:
+        picked, query, more = await self._listed(request, kind, rows, first)
+        return await ui_list(request, await _encoded(picked), page=query.page, has_more=more)
+
+    # -- flows
+
+    async def get_flows(self, request: Request) -> Response:
+        """GET /flows."""
+        return await self._answer(request, "flows", [flow_row(flow.record or {}) for flow in await self.store.flows()])
+
+    def get_flow(self, request: Request) -> Response:
+        """GET /flows/{flow}."""
+        flow = self.store.flow(request.params["flow"])
+        return ui_one(request, flow_row(flow.record or {})) if flow else ui_one(request, {}, 404)
+
+    # -- runs
+
+    async def _all_runs(self, flow_name: Optional[str], args: Sequence[Tuple[str, str]] = ()) -> List[RunNode]:
+        """The runs of one or of all flows, newest first."""
+        names = {flow_name} if flow_name is not None else _plain_values(args, "flow_id")
+        if names is None:
+            flows = await self.store.flows()
+        else:
+            found = [self.store.flow(name) for name in sorted(name for name in names if name)]
+            flows = [flow for flow in found if flow is not None]
+        if len(flows) == 1:
+            return await self.store.runs(flows[0])
+        runs: List[RunNode] = []
+        for flow in flows:
+            runs += await self.store.runs(flow)
+        runs.sort(key=_ui_run_time, reverse=True)
+        return runs
+
+    async def get_runs(self, request: Request) -> Response:
+        """GET /runs and /flows/{flow}/runs. Only what filters and order ask for is worked out for every run."""
+        args = request.args()
+        query = parse_list_query(args, UI_COLUMNS["runs"])
+        runs = await self._all_runs(request.params.get("flow"), args)
+        if query.filters:
+            runs = await self._prefiltered(runs, args)
+        by_time = not query.groups and (not query.order or tuple(query.order) == _BY_TIME)
+        picked: List[RunNode]
+        if query.columns <= RUN_RECORD_COLUMNS.keys() and by_time:
+            begin = (query.page - 1) * query.limit
+            end = begin + query.limit if query.limit else len(runs)
+            picked, more = runs[begin:end] if query.limit or query.page == 1 else [], end < len(runs)
+        else:
+            enough = query.page * query.limit + 1 if by_time and query.limit else 0
+            rows = await self._run_views(runs, query, enough)
+            views, more = arrange(rows, query)
+            picked = [view[""] for view in views]
+        pace, shown = Pacer(), []
+        for run in await self.store.check(picked):
+            shown.append(dumps(await ui_run_row(self.store, self.liveness, self.settings, run)))
+            await pace()
+        return await ui_list(request, shown, page=query.page, has_more=more)
+
+    async def _prefiltered(self, runs: List[RunNode], args: Sequence[Tuple[str, str]]) -> List[RunNode]:
+        """The runs that pass those filters for which their record is enough."""
+        known = [arg for arg in args if arg[0].startswith("_") or arg[0].partition(":")[0] in RUN_RECORD_COLUMNS]
+        filters = parse_filters(known, UI_COLUMNS["runs"])
+        if not filters:
+            return runs
+        columns = [(name, RUN_RECORD_COLUMNS[name]) for name in filters.columns]
+        pace, kept = Pacer(), []
+        for run in runs:
+            if matches({name: column(run) for name, column in columns}, filters):
+                kept.append(run)
+            await pace()
+        return kept
+
+    async def _run_views(self, runs: List[RunNode], query: ListQuery, enough: int) -> List[Row]:
+        """Rows with the columns that the query needs, and the run itself under ""; stops after `enough` (0: all)."""
+        cheap = [(name, RUN_RECORD_COLUMNS[name]) for name in query.columns if name in RUN_RECORD_COLUMNS]
+        whole = len(cheap) < len(query.columns)
+        pace = Pacer()
+        rows: List[Row] = []
+        for run in runs:
+            if whole:
+                row = await ui_run_row(self.store, self.liveness, self.settings, run, cheap=True)
+                if not matches(row, query.filters):
+                    continue
+            else:
+                row = {name: column(run) for name, column in cheap}
+            row[""] = run
+            rows.append(row)
+            if len(rows) == enough:
+                break
+            await pace()
+        return rows
+
+    async def get_run(self, request: Request) -> Response:
+        """GET .../runs/{run}."""
+        run = self._run(request)
+        if run is None:
+            return ui_one(request, {}, 404)
+        return ui_one(request, await ui_run_row(self.store, self.liveness, self.settings, run))
+
+    async def get_parameters(self, request: Request) -> Response:
+        """GET .../runs/{run}/parameters: an object {name: {"value"}}."""
+        run = self._run(request)
+        if run is None:
+            raise Problem(404, f"there is no run {request.params['flow']}/{request.params['run']}", id="run-not-found")
+        return ui_one(request, await ui_parameters(self.store, self.settings, run))
+
+    async def get_dag(self, request: Request) -> Response:
+        """GET .../runs/{run}/dag: `_graph_info`, or without one a graph of the steps that have begun."""
+        run = self._run(request)
+        if run is None:
+            return ui_one(request, {}, 404)
+        records = await parameter_records(self.store, run)
+        steps, pace = [], Pacer()
+        if not any(record["name"] == "_graph_info" for record in records):
+            for step in self.store.steps(run):
+                tasks = await self.store.tasks(step)
+                if tasks:
+                    records = records + await self.store.artifacts(tasks[-1])
+                    steps.append((step.name, foreach_depth(stack=self.store.facts(tasks[-1]).foreach_stack)))
+                await pace()
+        graph = await in_thread(run_dag, self.settings.metaflow_dir, records, steps)
+        return ui_one(request, {}, 404) if graph is None else ui_one(request, graph)
+
+    # -- steps
+
+    async def get_steps(self, request: Request) -> Response:
+        """GET .../steps."""
+        run = self._run(request)
+        rows = []
+        if run is not None:
+            state = await self._state(run)
+            for step in reversed(self.store.steps(run)):
+                rows.append(await ui_step_row(self.store, self.liveness, self.settings, step, state))
+        return await self._answer(request, "steps", rows)
+
+    async def get_step(self, request: Request) -> Response:
+        """GET .../steps/{step}."""
+        step = self._step(request)
+        if step is None:
+            return ui_one(request, {}, 404)
+        state = await self._state(step.run)
+        return ui_one(request, await ui_step_row(self.store, self.liveness, self.settings, step, state))
+
+    # -- tasks
+
+    async def get_run_tasks(self, request: Request) -> Response:
+        """GET .../runs/{run}/tasks: a row per attempt. `taskId=1,2` (the UI's question for more) keeps only those."""
+        run = self._run(request)
+        pairs = await self.store.run_facts(run) if run else []
+        wanted = _plain_values(request.args(), "taskId")
+        if wanted is not None:
+            pairs = [pair for pair in pairs if pair[0].id in wanted]
+        return await self._task_list(request, run, pairs, ())
+
+    async def get_step_tasks(self, request: Request) -> Response:
+        """GET .../steps/{step}/tasks: a row per attempt, the newest attempts first."""
+        step = self._step(request)
+        pairs, pace = [], Pacer()
+        for task in await self.store.tasks(step) if step else []:
+            pairs.append((task, self.store.facts(task)))
+            await pace()
+        return await self._task_list(request, step.run if step else None, pairs, _NEWEST_ATTEMPT)
+
+    async def get_attempts(self, request: Request) -> Response:
+        """GET .../tasks/{task}/attempts."""
+        task = self._task(request)
+        pairs = [(task, self.store.facts(task))] if task else []
+        return await self._task_list(request, task.run if task else None, pairs, _NEWEST_ATTEMPT)
+
+    async def _task_list(
+        self,
+        request: Request,
+        run: Optional[RunNode],
+        pairs: Sequence[Tuple[TaskNode, TaskFacts]],
+        first: Order,
+    ) -> Response:
+        state = await self._state(run) if run else None
+        rows: List[Row] = []
+        pace = Pacer()
+        for task, facts in pairs:
+            rows += ui_task_rows(self.store, self.liveness, self.settings, task, facts, state)
+            await pace()
+        rows.reverse()  # oldest step and attempt first, to the opposite; a stable sort then keeps attempts so
+        rows.sort(key=_ui_row_time, reverse=True)
+        picked, query, more = await self._listed(request, "tasks", rows, first)
+        details = request.arg("postprocess") == "true"
+        parts = []
+        for row in picked:
+            parts.append(await self._task_part(run, row, state, details) if run else b"")
+            await pace()
+        return await ui_list(request, parts, page=query.page, has_more=more)
+
+    async def _task_part(self, run: RunNode, row: Row, state: Optional[RunStatus], details: bool) -> bytes:
+        """A task row as JSON, taken from what is remembered of its task where it can be."""
+        task = run.children[row["step_name"]].children.get(str(row["task_id"]))
+        if task is not None and details:
+            facts = self.store.facts(task)
+            for known in await ui_task_details(self.store, self.liveness, self.settings, task, facts, state):
+                if known["attempt_id"] == row["attempt_id"]:
+                    return dumps(known)
+        if task is not None:
+            return encoded_task_row(task, row)
+        return dumps(row)
+
+    async def get_task(self, request: Request) -> Response:
+        """GET .../tasks/{task}: the newest attempt, whatever `attempt_id` says, as recorded."""
+        task = self._task(request)
+        if task is None:
+            return ui_one(request, {}, 404)
+        state, facts = await self._state(task.run), self.store.facts(task)
+        if request.arg("postprocess") == "true":
+            rows = await ui_task_details(self.store, self.liveness, self.settings, task, facts, state)
+        else:
+            rows = ui_task_rows(self.store, self.liveness, self.settings, task, facts, state)
+        return ui_one(request, rows[-1])
+
+    # -- metadata and artifacts
+
+    async def get_metadata(self, request: Request) -> Response:
+        """GET .../metadata of a task or a run."""
+        pace, rows = Pacer(), []
+        tasks = await self._tasks(request)
+        for task in tasks:
+            for record in await self.store.metadata(task):
+                rows.append(ui_metadata_row(record))
+            await pace()
+        if len(tasks) > 1:
+            rows.sort(key=lambda row: (row["ts_epoch"], row["id"]), reverse=True)
+        return await self._answer(request, "metadata", rows)
+
+    async def get_artifacts(self, request: Request) -> Response:
+        """GET .../artifacts of a task, a step or a run: those of all attempts, with `postprocess=true` their values."""
+        args = request.args()
+        if "step" not in request.params and asks_for_local_artifacts(args):
+            return await ui_list(request, [])
+        pace, rows = Pacer(), []
+        for task in await self._tasks(request):
+            for record in await self.store.artifacts(task):
+                rows.append(ui_artifact_row(record, task.run))
+            await pace()
+        picked, query, more = await self._listed(request, "artifacts", rows, _NEWEST_ATTEMPT)
+        if request.arg("postprocess") == "true":
+            contents = await in_thread(
+                artifact_contents, self.settings.metaflow_dir, picked, data_roots=data_roots(self.settings)
+            )
+            picked = [{**row, **content} for row, content in zip(picked, contents)]
+        return await ui_list(request, await _encoded(picked), page=query.page, has_more=more)
+
+    # -- logs
+
+    async def _log_of(self, request: Request) -> Optional[Tuple[Tuple[str, str, str, str], int, Dict[str, Any]]]:
+        """(task, attempt, where its datastore is) of a log request, None when there is no such attempt."""
+        task = self._task(request)
+        if task is None:
+            return None
+        attempts = self.store.facts(task).attempts
+        text = request.arg("attempt_id")
+        if text is None:
+            attempt = max(attempts, default=0)
+        elif text.isascii() and text.isdigit() and len(text) < 6 and (int(text) in attempts or int(text) == 0):
+            attempt = int(text)
+        else:
+            return None
+        place: Dict[str, Any] = {"ds_type": None, "ds_root": None}
+        for record in await self.store.metadata(task):
+            field = str(record.get("field_name")).replace("-", "_")
+            if field in place and attempt_of_tags(record.get("tags")) in (attempt, None) and place[field] is None:
+                place[field] = record.get("value")
+        run = task.run
+        return (run.flow, run.id, task.step.name, task.id), attempt, place
+
+    def log_handler(self, stream: str) -> Callable[[Request], Any]:
+        """GET .../logs/out or .../logs/err; stream is "stdout" or "stderr"."""
+
+        async def get_log(request: Request) -> Response:
+            found = await self._log_of(request)
+            if found is None:
+                return json_response({"data": []}, 404)  # as recorded; the UI shows an empty log
+            task, attempt, place = found
+            args = request.args()
+            page, limit = parse_page(args, default_limit=LOG_LIMIT, max_limit=MAX_LOG_LIMIT)
+            reverse = ("row", True) in list(parse_order(args, ("row",)))[:1]
+            log = await in_thread(
+                log_rows, self.settings.metaflow_dir, task, attempt, stream, limit=limit, page=page, reverse=reverse,
+                **place,
+            )  # fmt: skip
+            parts = await _encoded(log.rows)
+            return await ui_list(request, parts, page=page, has_more=page < log.pages, last_page=log.pages)
+
+        return get_log
+
+    def download_handler(self, stream: str) -> Callable[[Request], Any]:
+        """GET .../logs/{out,err}/download: the whole log as a file."""
+
+        async def get_download(request: Request) -> Response:
+            found = await self._log_of(request)
+            if found is None:
+                return json_response({"data": []}, 404)
+            task, attempt, place = found
+            pieces = await in_thread(log_text, self.settings.metaflow_dir, task, attempt, stream, **place)
+            name = log_file_name(task, attempt, stream)
+            headers = [("Content-Disposition", f"Attachment;filename={name}")]
+            return Response(200, b"", "application/octet-stream", headers, stream=_pieces(pieces))
+
+        return get_download
+
+    # -- cards
+
+    def _card_task(self, request: Request) -> Optional[Tuple[str, str, str, str]]:
+        task = self._task(request)
+        return (task.run.flow, task.run.id, task.step.name, task.id) if task else None
+
+    async def get_cards(self, request: Request) -> Response:
+        """GET .../cards: always with the envelope, since the UI reads `status` in it."""
+        task = self._card_task(request)
+        if task is None:
+            return json_response({"data": []}, 404)
+        cards = await in_thread(list_cards, self.settings.metaflow_dir, task, _card_roots())
+        page, limit = parse_page(request.args(), default_limit=MAX_PAGE_LIMIT)
+        limit = limit or max(len(cards), 1)
+        last = max(-(-len(cards) // limit), 1)
+        parts = await _encoded(cards[(page - 1) * limit : page * limit])
+        return await ui_list(request, parts, page=page, has_more=page < last, last_page=last)
+
+    async def get_card(self, request: Request) -> Response:
+        """GET .../cards/{hash}: the card's HTML."""
+        task, name = self._card_task(request), request.params["hash"]
+        html = await in_thread(card_html, self.settings.metaflow_dir, task, name, _card_roots()) if task else None
+        if html is None:
+            text = (
+                "There is no such card yet. It may still be in the making: try again."
+                if task
+                else "There is no such task."
+            )
+            return text_response(text, 404)
+        return Response(200, html, "text/html; charset=utf-8", [("Cache-Control", "no-cache")])
+
+    async def get_card_data(self, request: Request) -> Response:
+        """GET .../cards/{hash}/data: what a card that changes while its task runs shows now."""
+        task, name = self._card_task(request), request.params["hash"]
+        data = await in_thread(card_data, self.settings.metaflow_dir, task, name, _card_roots()) if task else None
+        if data is None:
+            return json_response({"error": "there is no data for this card yet"}, 404)
+        return json_response(data)
+
+    # -- tags and completion
+
+    async def _all_tags(self) -> List[str]:
+        tags: Set[str] = set()
+        pace = Pacer()
+        for run in await self._all_runs(None):
+            record = run.self_record
+            for key in ("tags", "system_tags"):
+                tags.update([tag for tag in record.get(key) or () if isinstance(tag, str)])
+            await pace()
+        return sorted(tags)
+
+    async def get_tags(self, request: Request) -> Response:
+        """GET /tags: a bare list of all tags and system tags of runs."""
+        return json_response(await self._all_tags())
+
+    async def _complete(self, request: Request, column: str, values: Sequence[str]) -> Response:
+        """A page of the values that pass the filters on `column`: bare strings in the envelope."""
+        query = parse_list_query(request.args(), {column: "str"})
+        found = filter_rows([{column: value} for value in values], query.filters)
+        picked, more = arrange(found, query._replace(order=(), groups=[]))
+        parts = await _encoded([row[column] for row in picked])
+        return await ui_list(request, parts, page=query.page, has_more=more)
+
+    async def complete_tags(self, request: Request) -> Response:
+        """GET /tags/autocomplete?tag:co=x."""
+        return await self._complete(request, "tag", await self._all_tags())
+
+    async def complete_flows(self, request: Request) -> Response:
+        """GET /flows/autocomplete?flow_id:co=x."""
+        return await self._complete(request, "flow_id", sorted([flow.name for flow in await self.store.flows()]))
+
+    async def complete_runs(self, request: Request) -> Response:
+        """GET /flows/{flow}/runs/autocomplete?run:co=x, newest first."""
+        return await self._complete(request, "run", [run.id for run in await self._all_runs(request.params["flow"])])
+
+    async def complete_steps(self, request: Request) -> Response:
+        """GET .../steps/autocomplete?step_name:co=x."""
+        run = self._run(request)
+        names = sorted([step.name for step in self.store.steps(run)]) if run else []
+        return await self._complete(request, "step_name", names)
+
+    async def complete_artifacts(self, request: Request) -> Response:
+        """GET .../artifacts/autocomplete?name:co=x: from some tasks of every step."""
+        run = self._run(request)
+        names: Set[str] = set()
+        for step in self.store.steps(run) if run else []:
+            for task in (await self.store.tasks(step))[:COMPLETED_TASKS]:
+                names.update([record["name"] for record in await self.store.artifacts(task)])
+        return await self._complete(request, "name", sorted(names))
+
+    # -- the UI's own configuration
+
+    def get_notifications(self, request: Request) -> Response:
+        """GET /notifications: a bare list from the notifications file, filtered by `field[:op]=`; null passes every test."""
+        found = [_notification(entry) for entry in read_json_list(self.settings.notifications)]
+        rows = [row for row in found if row is not None]
+        return json_response([row for row in rows if all(_announced(row, arg) for arg in request.args())])
+
+    def get_links(self, request: Request) -> Response:
+        """GET /links: a bare list of {href, label} from the links file."""
+        entries = read_json_list(self.settings.links)
+        return json_response([e for e in entries if isinstance(e.get("href"), str) and isinstance(e.get("label"), str)])
+
+    def get_plugins(self, request: Request) -> Response:
+        """GET /plugin: a bare list; the UI dies of anything else."""
+        return json_response([plugin for plugin, _ in self._plugins()])
+
+    def _plugins(self) -> Iterator[Tuple[Record, str]]:
+        """(what is told, directory) of each plugin in the plugins file: {"path", "name"?, "parameters"?, ...}."""
+        source = self.settings.plugins or ""
+        for entry in read_json_list(self.settings.plugins):
+            if not isinstance(entry.get("path"), str):
+                continue
+            folder = os.path.realpath(os.path.join(os.path.dirname(source), entry["path"]))
+            try:
+                files = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
+                with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+                    config = json.load(file)
+            except (OSError, ValueError, RecursionError):
+                continue
+            if isinstance(config, dict) and isinstance(config.get("name", entry.get("name")), str):
+                name = entry.get("name") if isinstance(entry.get("name"), str) else config["name"]
+                told = {
+                    "identifier": name, "name": name, "repository": None, "ref": None,
+                    "parameters": entry.get("parameters") or {}, "config": config, "files": files,
+                }  # fmt: skip
+                yield told, folder
+
+    def get_plugin(self, request: Request) -> Response:
+        """GET /plugin/{name}."""
+        for plugin, _ in self._plugins():
+            if plugin["name"] == request.params["name"]:
+                return json_response(plugin)
+        return json_response("Plugin not found", 404)
+
+    def get_plugin_file(self, request: Request) -> Response:
+        """GET /plugin/{name}/{file}: a file of the plugin's directory, no link and nothing below it."""
+        for plugin, folder in self._plugins():
+            if plugin["name"] == request.params["name"]:
+                if request.params["file"] not in plugin["files"]:
+                    return text_response("File not found", 404)
+                return _plugin_file(os.path.join(folder, request.params["file"]))
+        return json_response("Plugin not found", 404)
+
+
+def encoded_task_row(task: TaskNode, row: Row) -> bytes:
+    """One of `ui_task_rows`' rows as JSON; encoded once for those that are remembered."""
+    memo = task.memo
+    if memo is not None:
+        for place, known in enumerate(memo.rows):
+            if known is row:
+                return encoded_task_rows(task, memo.rows)[place]
+    return dumps(row)
+
+
+def _ui_row_time(row: Row) -> int:
+    return row["ts_epoch"] or 0
+
+
+def _ui_run_time(run: RunNode) -> int:
+    return run.self_record.get("ts_epoch") or 0
+
+
+async def _pieces(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Pieces that are read in a thread, one after the other."""
+    try:
+        while True:
+            piece = await in_thread(next, pieces, None)
+            if piece is None:
+                return
+            yield piece
+    finally:
+        close = getattr(pieces, "close", None)
+        if close is not None:
+            close()
+
+
+def _card_roots() -> List[str]:
+    """Where cards are besides .metaflow/mf.cards."""
+    named = os.environ.get("METAFLOW_CARD_LOCALROOT")
+    return [named] if named else []
+
+
+def read_json_list(path: Optional[str]) -> List[Record]:
+    """The objects of a JSON file that holds a list; [] without a file and for one that cannot be used.
+
+    Never an error: the UI cannot be started with one here (ui-needs 5).
+    """
+    if not path:
+        return []
+    try:
+        with open(path, "rb") as file:
+            value = json.loads(file.read(CONFIG_FILE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _notification(entry: Record) -> Optional[Record]:
+    """A notification with all its fields; None without a message or a time."""
+    created = entry.get("created", entry.get("start"))
+    message = entry.get("message")
+    if not isinstance(message, str) or type(created) not in (int, float):
+        return None
+    import hashlib
+
+    own = hashlib.sha1(dumps([message, created]), usedforsecurity=False).hexdigest()
+    return {
+        "id": str(entry.get("id") or own),
+        "type": entry.get("type") or "info",
+        "contentType": entry.get("contentType") or "text",
+        "message": message,
+        "url": entry.get("url"),
+        "urlText": entry.get("urlText"),
+        "created": created,
+        "start": entry.get("start"),
+        "end": entry.get("end"),
+    }
+
+
+_ANNOUNCED: Mapping[str, Callable[[Any, Any], bool]] = {
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+}  # fmt: skip
+
+
+def _announced(row: Record, arg: Tuple[str, str]) -> bool:
+    """Whether a notification passes one query parameter; unknown fields and operators test nothing."""
+    field, _, op = arg[0].partition(":")
+    value, test = row.get(field), _ANNOUNCED.get(op or "eq")
+    if value is None or test is None:
+        return True
+    if isinstance(value, str):
+        return test(value, arg[1])
+    try:
+        return test(value, float(arg[1]))
+    except ValueError:
+        return False
+
+
+def _plugin_file(path: str) -> Response:
+    import mimetypes
+
+    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            return Response(200, file.read(PLUGIN_FILE_BYTES), kind)
+    except OSError:
+        return text_response("File not found", 404)
+
+
+# -- search
+
+
+def _search_slice(
+    metaflow_dir: str,
+    records: Sequence[Record],
+    value: Optional[str],
+    roots: Sequence[str],
+    known: Dict[str, Any],
+) -> List[Record]:
+    """The matches among artifact records. `known`: result by content, since a run hands the same values on."""
+    matches_found = []
+    for record in records:
+        sha = f"{record.get('sha')}/{record.get('content_type')}"
+        if sha in known and known[sha] is None:
+            continue
+        match = search_artifact(metaflow_dir, record, value, data_roots=roots)
+        if match is None or match.get("searchable"):
+            known[sha] = None if match is None else True
+        if match is not None:
+            matches_found.append(match)
+    return matches_found
+
+
+class _Search:
+    """One search over its WebSocket: messages of progress, then one result."""
+
+    def __init__(self, store: Store, settings: Settings, socket: UiSocket, run: Optional[RunNode]) -> None:
+        self.store = store
+        self.settings = settings
+        self.socket = socket
+        self.run = run
+        self.fraction = 0.0
+
+    def say(self, **event: Any) -> bool:
+        """Sends one event; False when nobody listens any more."""
+        return self.socket.send_text(dumps({"event": event}).decode("ascii"))
+
+    def progress(self, done: int, total: int) -> bool:
+        """Tells how far the search is, in steps of at least 5 %."""
+        fraction = done / total if total else 1.0
+        if fraction < 1.0 and fraction - self.fraction < 0.05:
+            return True
+        self.fraction = fraction
+        return self.say(type="progress", fraction=fraction)
+
+    async def artifacts(self, key: str, value: Optional[str]) -> Optional[List[Record]]:
+        """Matches among the newest attempts' artifacts called `key`; None when the client has gone."""
+        tasks = await self.store.run_tasks(self.run) if self.run else []
+        found: List[Record] = []
+        known: Dict[str, Any] = {}
+        waiting: List[Record] = []
+        for place, task in enumerate(tasks, 1):
+            records = await self.store.artifacts(task)
+            waiting += [r for r in records if r["name"] == key and r["attempt_id"] == records[0]["attempt_id"]]
+            if len(waiting) >= SEARCH_SLICE or place == len(tasks):
+                found += await in_thread(
+                    _search_slice,
+                    self.settings.metaflow_dir,
+                    waiting,
+                    value,
+                    data_roots(self.settings),
+                    known,
+                )
+                waiting = []
+            if not self.progress(place, len(tasks)):
+                return None
+        return found
+
+    async def foreach(self, key: str, value: Optional[str]) -> List[Record]:
+        """Matches among the foreach variables of tasks."""
+        found = []
+        for task, facts in await self.store.run_facts(self.run) if self.run else []:
+            if facts.foreach_stack is not None:
+                record = {
+                    "flow_id": task.run.flow, "run_number": task.run.id, "step_name": task.step.name,
+                    "task_id": task.id, "value": facts.foreach_stack,
+                }  # fmt: skip
+                match = search_foreach(record, key, value)
+                if match is not None:
+                    found.append(match)
+        return found
+
+
+async def search_socket(store: Store, liveness: Liveness, settings: Settings, socket: UiSocket) -> None:
+    """Serves one search (api 4.5): ?key=NAME[&value=V][&scope=ARTIFACT,FOREACH_VARIABLE]."""
+    request = socket.request
+    search = _Search(store, settings, socket, store.run(request.params["flow"], request.params["run"]))
+    key, value = request.arg("key"), request.arg("value")
+    scopes = (request.arg("scope") or "ARTIFACT").split(",")
+    if not key or not {"ARTIFACT", "FOREACH_VARIABLE"}.intersection(scopes):
+        detail = "the search needs a key" if not key else "the scope is ARTIFACT or FOREACH_VARIABLE"
+        search.say(type="error", message=detail, id="invalid-search", traceback=None, key=key)
+        socket.close(1000 if key else 1011, detail)
+        return
+    found: List[Record] = []
+    if "FOREACH_VARIABLE" in scopes:
+        found += await search.foreach(key, value)
+    if "ARTIFACT" in scopes:
+        artifacts = await search.artifacts(key, value)
+        if artifacts is None:
+            return
+        found += artifacts
+    search.say(type="result", matches=_each_task_once(found))
+    socket.close(1000)
+
+
+def _each_task_once(found: Iterable[Record]) -> List[Record]:
+    """The first match of each task; one that could be searched comes before one that could not."""
+    tasks: Dict[Tuple[str, str], Record] = {}
+    for match in found:
+        key = (match["step_name"], match["task_id"])
+        if key not in tasks or (match["searchable"] and not tasks[key]["searchable"]):
+            tasks[key] = match
+    return list(tasks.values())
+
+
+# -- routes
+
+
+def register_ui_routes(router: Router, store: Store, liveness: Liveness, settings: Settings) -> None:
+    """Adds every route of the UI backend but the WebSockets (section 14) and /metadata (section 11)."""
+    api = UiApi(store, liveness, settings)
+    run, step = "/flows/{flow}/runs/{run}", "/flows/{flow}/runs/{run}/steps/{step}"
+    task = step + "/tasks/{task}"
+    features, version = json_response(FEATURES), text_response(f"{SERVICE_VERSION}-mflocal-{VERSION}")
+    pong, config = text_response("pong"), json_response({})
+    routes: List[Tuple[str, Callable[[Request], Any]]] = [
+        ("/flows", api.get_flows),
+        ("/flows/autocomplete", api.complete_flows),
+        ("/flows/{flow}", api.get_flow),
+        ("/runs", api.get_runs),
+        ("/flows/{flow}/runs", api.get_runs),
+        ("/flows/{flow}/runs/autocomplete", api.complete_runs),
+        (run, api.get_run),
+        (run + "/parameters", api.get_parameters),
+        (run + "/dag", api.get_dag),
+        (run + "/metadata", api.get_metadata),
+        (run + "/artifacts", api.get_artifacts),
+        (run + "/artifacts/autocomplete", api.complete_artifacts),
+        (run + "/tasks", api.get_run_tasks),
+        (run + "/steps", api.get_steps),
+        (run + "/steps/autocomplete", api.complete_steps),
+        (step, api.get_step),
+        (step + "/artifacts", api.get_artifacts),
+        (step + "/tasks", api.get_step_tasks),
+        (task, api.get_task),
+        (task + "/attempts", api.get_attempts),
+        (task + "/metadata", api.get_metadata),
+        (task + "/artifacts", api.get_artifacts),
+        (task + "/logs/out", api.log_handler("stdout")),
+        (task + "/logs/err", api.log_handler("stderr")),
+        (task + "/logs/out/download", api.download_handler("stdout")),
+        (task + "/logs/err/download", api.download_handler("stderr")),
+        (task + "/cards", api.get_cards),
+        (task + "/cards/{hash}", api.get_card),
+        (task + "/cards/{hash}/data", api.get_card_data),
+        ("/tags", api.get_tags),
+        ("/tags/autocomplete", api.complete_tags),
+        ("/features", lambda request: features),
+        ("/config", lambda request: config),
+        ("/ping", lambda request: pong),
+        ("/version", lambda request: version),
+        ("/links", api.get_links),
+        ("/notifications", api.get_notifications),
+        ("/plugin", api.get_plugins),
+        ("/plugin/{name}", api.get_plugin),
+        ("/plugin/{name}/{file}", api.get_plugin_file),
+    ]
+    for pattern, handler in routes:
+        router.add("GET", API_PREFIX + pattern, handler)
+
+
+# ---- 14. Server: connections, deadlines, access, draining ----
+READ_SIZE = 64 * KIB  # one read of a socket; an asyncio stream holds at most twice that
+SIGNS_INTERVAL = 5.0  # s between two writes of the heartbeats; half of what Metaflow's client waits
+CONTROL_PREFIX = "/_mflocal/"  # the daemon's own routes (section 15)
+UI_TYPES = {  # what a build of the UI consists of; the system's own table differs from machine to machine
+    "html": "text/html; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "json": "application/json",
+    "map": "application/json",
+    "svg": "image/svg+xml",
+    "png": "image/png",
+    "ico": "image/x-icon",
+    "jpg": "image/jpeg",
+    "gif": "image/gif",
+    "webp": "image/webp",
+    "txt": "text/plain; charset=utf-8",
+    "woff": "font/woff",
+    "woff2": "font/woff2",
+    "ttf": "font/ttf",
+    "webmanifest": "application/manifest+json",
+}
+
+if TYPE_CHECKING:
+    import asyncio
+
+
+class Takeover:
+    """What a handler returns instead of a Response when it wants the connection for a WebSocket."""
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Callable[[WebSocket], Awaitable[None]]) -> None:
+        self.run = run
+
+
+class Connection:
+    """One client's TCP connection; `deadline` is monotonic seconds, checked by the sweeper."""
+
+    __slots__ = ("reader", "writer", "parser", "deadline", "working", "kept", "ours", "socket", "written", "task")
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.parser = RequestParser()
+        self.deadline = time.monotonic() + HEADER_TIMEOUT
+        self.working = False  # a request is being answered
+        self.kept = False  # a lease: no limit on silence
+        self.ours = False  # we decided to close it, so that its end says nothing about the client
+        self.socket: Optional[WebSocket] = None
+        self.written = -1  # bytes that waited for a slow reader when last looked at
+        self.task: Optional[asyncio.Task[None]] = None
+
+    def abort(self) -> None:
+        """Ends the connection at once, by our own decision."""
+        self.ours = True
+        self.writer.transport.abort()
+
+
+class WebSocket:
+    """An open WebSocket as sections 12 and 13 use it."""
+
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self.request = request
+        self._connection = connection
+        self._protocol = WebSocketProtocol()
+        self._waiting: List[str] = []
+        self._next_ping = time.monotonic() + WS_PING_INTERVAL
+        self._pinged = False
+
+    async def receive(self) -> Optional[str]:
+        """The next text message, None when the socket is closed."""
+        while not self._waiting:
+            if self._protocol.state == "closed":
+                return None
+            data = await self._connection.reader.read(READ_SIZE)
+            if not data or not await self._take(data):
+                return self._waiting.pop(0) if self._waiting else None
+        return self._waiting.pop(0)
+
+    async def _take(self, data: bytes) -> bool:
+        self._pinged = False
+        self._next_ping = time.monotonic() + WS_PING_INTERVAL
+        writer = self._connection.writer
+        for event in self._protocol.feed(data):
+            if isinstance(event, Text):
+                self._waiting.append(event.data)
+            elif isinstance(event, Ping):
+                writer.write(self._protocol.pong(event.payload))
+            elif isinstance(event, Close):
+                writer.write(self._protocol.close(event.code, event.reason))
+                return False
+        await writer.drain()
+        return True
+
+    def send_text(self, text: Union[str, bytes]) -> bool:
+        """Queues a message without waiting; False when the client is gone or too slow, and then it is dropped."""
+        writer = self._connection.writer
+        if writer.transport.is_closing():
+            return False
+        writer.write(self._protocol.send_text(text))
+        if writer.transport.get_write_buffer_size() > WS_MAX_QUEUE:
+            self._connection.abort()
+            return False
+        return True
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Begins or answers the closing handshake."""
+        if not self._connection.writer.transport.is_closing():
+            self._connection.writer.write(self._protocol.close(code, reason))
+
+    def tick(self, now: float) -> None:
+        """Pings a silent client and drops one that does not answer."""
+        if now < self._next_ping:
+            return
+        if self._pinged:
+            self._connection.abort()
+            return
+        self._connection.writer.write(self._protocol.ping(b""))
+        self._pinged = True
+        self._next_ping = now + WS_PING_TIMEOUT
+
+
+class Bundle:
+    """A static build of the official UI, a directory or a zip with index.html at its top or one level down."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._zip: Any = None
+        self._names: Dict[str, str] = {}
+        if os.path.isdir(path):
+            self._root = os.path.realpath(path)
+            self._scan_directory()
+        else:
+            import zipfile
+
+            try:
+                self._zip = zipfile.ZipFile(path)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise SettingsError(f"the UI bundle {path} cannot be read: {error}") from None
+            self._scan_names([info.filename for info in self._zip.infolist() if not info.is_dir()])
+        if "index.html" not in self._names:
+            raise SettingsError(f"the UI bundle {path} has no index.html")
+
+    def _scan_directory(self) -> None:
+        files = []
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                files.append(os.path.relpath(os.path.join(folder, name), self._root))
+        self._scan_names(files)
+
+    def _scan_names(self, files: List[str]) -> None:
+        indexes = sorted((name for name in files if name.rpartition("/")[2] == "index.html"), key=len)
+        top = indexes[0][: -len("index.html")] if indexes else ""
+        self._names = {name[len(top) :]: name for name in files if name.startswith(top) and not name.endswith(".map")}
+
+    def _read(self, name: str) -> bytes:
+        stored = self._names[name]
+        if self._zip is not None:
+            data: bytes = self._zip.read(stored)
+            return data
+        full = os.path.realpath(os.path.join(self._root, stored))
+        if not full.startswith(self._root + os.sep):
+            raise Problem(404, f"there is no file /{name}")
+        try:
+            with open(full, "rb") as file:
+                return file.read()
+        except OSError:
+            raise Problem(404, f"there is no file /{name}") from None
+
+    def answer(self, request: Request) -> Response:
+        """A file of the bundle; index.html for every path that is a page of the UI and no file."""
+        name = percent_decode(request.path)[1:]
+        if name not in self._names:
+            if name.startswith(("static/", "api/", "flows/")) or request.method not in ("GET", "HEAD"):
+                raise Problem(404, f"there is nothing at {request.path}")
+            name = "index.html"
+        hashed = name.startswith("static/")
+        headers = [
+            ("Cache-Control", "public, max-age=31536000, immutable" if hashed else "no-cache"),
+            ("X-Frame-Options", "SAMEORIGIN"),
+        ]
+        kind = UI_TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")
+        return _ranged(request, Response(200, self._read(name), kind, headers))
+
+
+def _ranged(request: Request, response: Response) -> Response:
+    """Cuts a whole answer to the one byte range that was asked for (RFC 9110, 14); several are answered whole."""
+    response.headers.append(("Accept-Ranges", "bytes"))
+    unit, _, ranges = request.headers.get("range", "").partition("=")
+    first, dash, last = ranges.strip().partition("-")
+    size = len(response.body)
+    if unit.strip().lower() != "bytes" or not dash or not (first + last).isdigit() or not (first + last).isascii():
+        return response
+    start = int(first) if first else max(size - int(last), 0)
+    end = min(int(last) if first and last else size - 1, size - 1)
+    if start > end:
+        raise Problem(416, "the range lies outside the file", headers={"Content-Range": f"bytes */{size}"})
+    response.status, response.body = 206, response.body[start : end + 1]
+    response.headers.append(("Content-Range", f"bytes {start}-{end}/{size}"))
+    return response
+
+
+class Service:
+    """The server of one root: owns the store and all connections; `router` takes more routes from above.
+
+    identity: what `/_mflocal/id` tells; log: takes one line for the daemon's log.
+    """
+
+    def __init__(self, settings: Settings, identity: Dict[str, Any], log: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.identity = identity
+        self.log = log
+        temp = os.path.join(settings.state_dir, "tmp")
+        os.makedirs(temp, mode=0o700, exist_ok=True)
+        self.store = Store(settings.metaflow_dir, temp)
+        self.store.sweep()
+        self.liveness = Liveness(self.store)
+        self.subscriptions = Subscriptions(self.store, self.liveness, settings, log)
+        self.router = Router()
+        register_metadata_routes(self.router, MetadataApi(self.store, self.liveness, settings))
+        register_ui_routes(self.router, self.store, self.liveness, settings)
+        self.router.add("GET", f"{API_PREFIX}/ws", lambda request: Takeover(self._ui_socket))
+        for pattern in SEARCH_PATTERNS:
+            self.router.add("GET", pattern, lambda request: Takeover(self._search_socket))
+        self.bundle: Optional[Bundle] = Bundle(settings.ui_bundle) if settings.ui_bundle else None
+        self.router.fallback = self._static
+        self.connections: Set[Connection] = set()
+        self.draining = False
+        self._stopped: Optional[asyncio.Event] = None
+        self._hurry = False
+        self._used = time.monotonic()
+        self._limit = MAX_CONNECTIONS
+        self._host = settings.host
+
+    # -- life
+
+    async def serve(self, sock: socket.socket, ready: Callable[[], None]) -> None:
+        """Serves on a bound socket until `stop`, then drains (at most DRAIN_TIMEOUT s) and returns."""
+        import asyncio
+
+        self._stopped = asyncio.Event()
+        self._limit = _connection_limit()
+        self._host = sock.getsockname()[0]
+        server = await asyncio.start_server(self._client, sock=sock, backlog=BACKLOG, limit=READ_SIZE)
+        sweeper = asyncio.ensure_future(self._sweep())
+        ready()
+        try:
+            await self._stopped.wait()
+        finally:
+            server.close()
+            await self._drain()
+            sweeper.cancel()
+            self.store.flush_signs()
+
+    def stop(self, now: bool = False) -> None:
+        """Begins to drain; `now`, or a second call, does not wait for requests in flight."""
+        self._hurry = self._hurry or now or self.draining
+        self.draining = True
+        self.liveness.frozen = True
+        if self._stopped is not None:
+            self._stopped.set()
+
+    async def _drain(self) -> None:
+        import asyncio
+
+        until = time.monotonic() + DRAIN_TIMEOUT
+        self.liveness.tick()
+        self.subscriptions.stop()
+        for connection in list(self.connections):
+            connection.ours = True
+            if connection.socket is not None:
+                connection.socket.close(1001, "the service stops")
+            elif not connection.working and not connection.parser.in_message:
+                connection.writer.close()
+        while self.connections and not self._hurry and time.monotonic() < until:
+            if all(c.socket is not None for c in self.connections):
+                until = min(until, time.monotonic() + 1.0)
+            await asyncio.sleep(0.02)
+        for connection in list(self.connections):
+            connection.abort()
+        await asyncio.sleep(0)
+
+    async def _sweep(self) -> None:
+        """Once a second: deadlines of all connections, pings, and the heartbeats of what speaks."""
+        import asyncio
+
+        beats = time.monotonic() + SIGNS_INTERVAL
+        while True:
+            await asyncio.sleep(1.0)
+            now = time.monotonic()
+            for connection in list(self.connections):
+                if connection.socket is not None:
+                    connection.socket.tick(now)
+                elif now > connection.deadline:
+                    self._expired(connection, now)
+            if now >= beats:
+                self.liveness.tick()
+                beats = now + SIGNS_INTERVAL
+
+    def _expired(self, connection: Connection, now: float) -> None:
+        waiting = connection.writer.transport.get_write_buffer_size()
+        if connection.working or waiting:
+            if not waiting or waiting != connection.written:
+                connection.written = waiting
+                connection.deadline = now + WRITE_TIMEOUT
+                return
+        elif connection.parser.phase == "idle":
+            if connection.kept or self.liveness.speaks(connection):
+                connection.deadline = now + KEEP_ALIVE_TIMEOUT
+                return
+        else:
+            problem = Problem(408, "the request did not arrive in time", close=True)
+            connection.writer.write(problem_response(problem).encode(None))
+        connection.ours = True
+        connection.writer.close()
+        if connection.writer.transport.get_write_buffer_size():
+            connection.abort()
+
+    # -- idleness
+
+    def touch(self) -> None:
+        """Marks the service as used."""
+        self._used = time.monotonic()
+
+    def idle_left(self) -> Optional[float]:
+        """Seconds until the idle stop; None while something keeps the daemon or it never idles out."""
+        timeout = self.settings.idle_timeout
+        if not timeout:
+            return None
+        if self.liveness.busy() or any(c.socket is not None or c.working for c in self.connections):
+            self.touch()
+            return None
+        return max(0.0, self._used + timeout - time.monotonic())
+
+    def hold_lease(self, connection: Any, lease: str) -> None:
+        """A wrapper says that it lives as long as this connection."""
+        connection.kept = True
+        self.liveness.hold_lease(connection, lease)
+
+    def end_lease(self, lease: str, orderly: bool) -> None:
+        """A wrapper's command has ended; `orderly` when by itself and not by a signal."""
+        if orderly:
+            self.liveness.ended(lease)
+
+    def active_runs(self) -> List[Dict[str, Any]]:
+        """Unfinished runs known to be alive: flow_id, run_number, how (connection or heartbeat), since (ms)."""
+        return [
+            {"flow_id": run.flow, "run_number": public_id(run.id), "how": how, "since": run.self_record.get("ts_epoch")}
+            for run, how in self.liveness.active_runs(int(self.settings.run_cutoff))
+        ]
+
+    # -- one connection
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(reader, writer)
+        if len(self.connections) >= self._limit:
+            writer.write(problem_response(Problem(503, "too many connections", close=True)).encode(None))
+            writer.close()
+            return
+        self.connections.add(connection)
+        try:
+            await self._requests(connection)
+        except (ConnectionError, TimeoutError):
+            pass
+        except Exception:
+            self.log(traceback.format_exc())
+        finally:
+            self.connections.discard(connection)
+            if connection.ours or self.draining:
+                self.liveness.forget(connection)
+            else:
+                self.liveness.closed(connection)
+            writer.close()
+
+    async def _requests(self, connection: Connection) -> None:
+        """Reads and answers requests in order until the connection ends."""
+        from asyncio import sleep
+
+        parser, reader, writer = connection.parser, connection.reader, connection.writer
+        in_row = 0
+        while True:
+            try:
+                request = parser.next()
+            except Problem as problem:
+                connection.ours = True
+                writer.write(problem_response(problem).encode(None))
+                await self._let_read(connection)
+                return
+            if request is None:
+                if parser.done:
+                    return
+                if parser.wants_continue and parser.pending is not None:
+                    parser.wants_continue = False
+                    if not await self._invited(connection, parser.pending):
+                        return
+                self._expect(connection)
+                data = await reader.read(READ_SIZE)
+                if not data:
+                    parser.eof()
+                    if not parser.in_message:
+                        return
+                parser.feed(data)
+                in_row = 0
+                continue
+            request.connection = connection
+            if not await self._answer(connection, request):
+                return
+            in_row += 1
+            if in_row % 16 == 0:
+                await sleep(0)
+
+    async def _invited(self, connection: Connection, request: Request) -> bool:
+        """Answers `Expect: 100-continue`: with 100, or at once with what the request would be refused for."""
+        try:
+            self._admit(request)
+        except Problem as problem:
+            connection.ours = True
+            connection.writer.write(problem_response(problem).encode(None))
+            await self._let_read(connection)
+            return False
+        connection.writer.write(CONTINUE)
+        return True
+
+    def _expect(self, connection: Connection) -> None:
+        """Sets the deadline for the next bytes, by what is awaited; a header block has one for the whole of it."""
+        phase, now = connection.parser.phase, time.monotonic()
+        if phase == "body":
+            connection.deadline = now + BODY_TIMEOUT
+        elif phase == "idle":
+            connection.deadline = now + KEEP_ALIVE_TIMEOUT
+        elif connection.deadline > now + HEADER_TIMEOUT:
+            connection.deadline = now + HEADER_TIMEOUT
+
+    async def _answer(self, connection: Connection, request: Request) -> bool:
+        """Answers one request; False when the connection is over."""
+        # What the daemon is asked about itself is no use of it.
+        connection.working = not request.path.startswith(CONTROL_PREFIX)
+        connection.deadline = time.monotonic() + WRITE_TIMEOUT
+        began = time.perf_counter() if self.settings.debug else 0.0
+        close = self.draining
+        extra: Headers = ()
+        try:
+            try:
+                extra = self._admit(request)
+                result = self.router.dispatch(request)
+                if not isinstance(result, (Response, Takeover)):
+                    result = await result
+                if isinstance(result, Takeover):
+                    await self._take_over(connection, request, result, extra)
+                    return False
+            except Problem as problem:
+                close = close or problem.close
+                result = problem_response(problem)
+            except Exception:
+                self.log(f"{request.method} {request.path} failed\n{traceback.format_exc()}")
+                result = problem_response(Problem(500, "the service failed on this request; see `mflocal logs`"))
+            keep = result.keeps_alive(request) and not close
+            connection.ours = not keep
+            try:
+                data = result.encode(request, close=close, extra=extra)
+            except ValueError as error:  # a header that would have broken the framing
+                self.log(f"{request.method} {request.path}: {error}")
+                result = problem_response(Problem(500, "the answer cannot be sent; see `mflocal logs`"))
+                data = result.encode(request, close=close)
+            connection.writer.write(data)
+            if result.stream is not None and request.method != "HEAD":
+                await self._stream(connection, request, result)
+            if self.settings.debug:
+                self.log(
+                    f"{request.method} {request.path} {result.status} {(time.perf_counter() - began) * 1e3:.1f} ms"
+                )
+            if connection.writer.transport.get_write_buffer_size() > 65536 or not keep:
+                await self._let_read(connection)
+            return keep
+        finally:
+            connection.working = False
+
+    async def _let_read(self, connection: Connection) -> None:
+        connection.deadline = time.monotonic() + WRITE_TIMEOUT
+        await connection.writer.drain()
+
+    async def _stream(self, connection: Connection, request: Request, response: Response) -> None:
+        if response.stream is None:
+            return
+        async for piece in response.stream:
+            if piece:
+                connection.writer.write(piece if request.http10 else encode_chunk(piece))
+                await self._let_read(connection)
+        if not request.http10:
+            connection.writer.write(LAST_CHUNK)
+
+    def _admit(self, request: Request) -> Headers:
+        """Host, origin and key; returns the headers that every answer to this asker has. Raises Problem."""
+        settings = self.settings
+        control = request.path.startswith(CONTROL_PREFIX)
+        headers = admit(
+            request,
+            allowed_hosts=settings.allowed_hosts,
+            allowed_origins=settings.allowed_origins,
+            bound_host=self._host,
+            auth_key=None if control else settings.auth_key,  # the control routes ask for the daemon's own secret
+        )
+        if self.draining:
+            raise Problem(503, "the service is stopping", close=True, headers={"Retry-After": "1"})
+        if not control and request.path != "/ping":
+            self._used = time.monotonic()
+        return headers
+
+    # -- WebSockets
+
+    async def _take_over(self, connection: Connection, request: Request, takeover: Takeover, extra: Headers) -> None:
+        headers = websocket_handshake(request)
+        connection.socket = websocket = WebSocket(connection, request)
+        connection.writer.write(switching_protocols(headers + list(extra)))
+        rest = connection.parser.rest()
+        try:
+            if not rest or await websocket._take(rest):
+                await takeover.run(websocket)
+        finally:
+            websocket.close(1000)
+            connection.ours = True
+            self.touch()
+
+    async def _ui_socket(self, websocket: WebSocket) -> None:
+        await ui_socket(self.subscriptions, websocket)
+
+    async def _search_socket(self, websocket: WebSocket) -> None:
+        await search_socket(self.store, self.liveness, self.settings, websocket)
+
+    # -- the UI's files
+
+    def _static(self, request: Request) -> Response:
+        if self.bundle is None:
+            raise Problem(404, f"there is nothing at {request.path}; `mflocal ui` serves the UI here")
+        return self.bundle.answer(request)
+
+
+def _connection_limit() -> int:
+    """Raises the soft limit of open files to the hard one; returns how many connections then are bearable."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        except (ValueError, OSError):
+            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(8, min(MAX_CONNECTIONS, soft - SPARE_FILES))
+
+
+# ---- 15. Daemon: state files, lock, start, control routes, log ----
+#
+# Alive means: holds the flock on `lock`, for life. The lock file is never unlinked; its content is the port
+# that this root had last. `daemon.json` says where the daemon is, and is believed only if it is private to
+# us and the server on that port knows the same instance id.
+
+LOCK_FILE = "lock"
+STATE_FILE = "daemon.json"
+LOG_FILE = "daemon.log"
+LOGIN_SECONDS = 300.0  # s that the one-time URL of `mflocal ui` is good for
+LOCK_POLL = 0.02  # s between looks at a lock that somebody else holds
+KEPT_OPTIONS = ("host", "idle_timeout", "allowed_hosts", "allowed_origins", "debug", "run_cutoff", "local_cutoff")
+
+
+class DaemonError(Exception):
+    """The daemon cannot start, be found or be stopped: one line for the user (exit code 3)."""
+
+
+class _NoLocks(Exception):
+    """The file system under a state directory has no locks that exclude, or no private files."""
+
+
+# -- private files --
+
+
+def _private_dir(path: str) -> None:
+    """Make sure `path` is a directory of ours with mode 0700, not a link. Its parent must exist."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    info = os.lstat(path)
+    if not stat.S_ISDIR(info.st_mode):
+        raise DaemonError("%s is not a directory: move it away" % path)
+    if info.st_uid != os.geteuid():
+        raise DaemonError(
+            "%s belongs to another user (uid %d): only that user can start a daemon for this root" % (path, info.st_uid)
+        )
+    if stat.S_IMODE(info.st_mode) != 0o700:
+        os.chmod(path, 0o700)
+        if stat.S_IMODE(os.lstat(path).st_mode) & 0o077:  # drvfs, vfat: modes are not kept
+            raise _NoLocks("its file system keeps no file modes")
+
+
+def _open_private(path: str, flags: int) -> int:
+    """open(2) of a file of ours, never through a link, mode 0600 whatever the umask. Raises OSError."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+        os.close(fd)
+        raise PermissionError(errno.EPERM, "not a plain file of this user", path)
+    if stat.S_IMODE(info.st_mode) != 0o600 and flags & (os.O_WRONLY | os.O_RDWR):
+        os.fchmod(fd, 0o600)
+    return fd
+
+
+def _write_private(path: str, data: bytes) -> None:
+    """Replace a private file at once: readers see the old or the new one, never a half."""
+    temp = "%s.%s.tmp" % (path, os.urandom(6).hex())
+    fd = _open_private(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+        finally:
+            os.close(fd)
+        os.replace(temp, path)
+    except BaseException:
+        _unlink(temp)
+        raise
+
+
+def _read_private(path: str) -> Optional[bytes]:
+    """The content of a private file; None if there is none or it may be somebody else's work."""
+    try:
+        fd = _open_private(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        info = os.fstat(fd)
+        if info.st_mode & 0o077 or info.st_size > MAX_STATE_FILE:
+            return None
+        return os.read(fd, MAX_STATE_FILE)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+# -- where the state is --
+
+
+def state_dirs(settings: Settings) -> List[str]:
+    """The directories that may hold this root's state: its own, and the one used where that has no locks.
+
+    The second is $XDG_RUNTIME_DIR/mflocal/<hash of the root>, or one under the temporary directory.
+    """
+    import zlib
+
+    # Two checksums of different kinds make 16 hex digits without importing hashlib, which costs 3 ms.
+    name = os.fsencode(os.path.realpath(settings.metaflow_dir))
+    key = "%08x%08x" % (zlib.crc32(name), zlib.adler32(name))
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not (os.path.isabs(runtime) and os.path.isdir(runtime)):
+        runtime = os.environ.get("TMPDIR", "")
+        runtime = runtime if os.path.isdir(runtime) else "/tmp"
+        return [settings.state_dir, os.path.join(runtime, "mflocal-%d" % os.geteuid(), key)]
+    return [settings.state_dir, os.path.join(runtime, "mflocal", key)]
+
+
+def _make_metaflow_dir(settings: Settings) -> None:
+    """.metaflow with the user's umask, as local mode itself would make it."""
+    try:
+        os.makedirs(settings.metaflow_dir, exist_ok=True)
+    except OSError as error:
+        raise DaemonError("cannot make %s: %s" % (settings.metaflow_dir, error.strerror)) from None
+
+
+def _lock_in(directory: str) -> Optional[int]:
+    """Take the lock of a state directory: its descriptor, or None while somebody holds it.
+
+    Raises _NoLocks where locks do not work, DaemonError where the directory cannot be used.
+    """
+    try:
+        _private_dir(directory)
+        fd = _open_private(os.path.join(directory, LOCK_FILE), os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise DaemonError("cannot write in %s: %s" % (directory, error.strerror)) from None
+    try:
+        if not _flock(fd):
+            os.close(fd)
+            return None
+        # Some network file systems grant every lock. A second descriptor must not get it as well.
+        other = os.open(os.path.join(directory, LOCK_FILE), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not os.path.samestat(os.fstat(fd), os.fstat(other)):
+                os.close(fd)
+                return None  # the directory was replaced meanwhile: look again
+            if _flock(other):
+                raise _NoLocks("its file system grants one lock twice")
+        finally:
+            os.close(other)
+    except OSError as error:
+        os.close(fd)
+        raise _NoLocks("its file system has no locks (%s)" % error.strerror) from None
+    except _NoLocks:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _flock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def take_lock(settings: Settings) -> Optional[Tuple[int, str]]:
+    """(lock descriptor, state directory), or None while another process holds the lock of this root.
+
+    Where the root's file system cannot lock, the private runtime directory takes its place, and a line
+    on stderr says so. Raises DaemonError.
+    """
+    own, other = state_dirs(settings)
+    try:
+        fd = _lock_in(own)
+        return None if fd is None else (fd, own)
+    except _NoLocks as reason:
+        try:
+            os.makedirs(os.path.dirname(other), 0o700, exist_ok=True)
+            _private_dir(os.path.dirname(other))
+            fd = _lock_in(other)
+        except (OSError, _NoLocks) as error:
+            places = (own, reason, other, error)
+            raise DaemonError("no place for a lock: %s (%s), %s (%s)" % places) from None
+        if fd is None:
+            return None
+        complain("state goes to %s, because %s cannot hold it: %s" % (other, own, reason))
+        return fd, other
+
+
+def lock_is_held(directory: str) -> bool:
+    """True while a daemon (or a start) lives in this state directory. Makes nothing."""
+    try:
+        fd = _open_private(os.path.join(directory, LOCK_FILE), os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _flock(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+# -- daemon.json --
+
+
+class State:
+    """What daemon.json says, checked: it is our own private file of this schema with sane types."""
+
+    __slots__ = ("directory", "record")
+
+    def __init__(self, directory: str, record: Dict[str, Any]) -> None:
+        self.directory = directory
+        self.record = record
+
+    @property
+    def instance(self) -> str:
+        """Random id of this one daemon process."""
+        return str(self.record["instance"])
+
+    @property
+    def token(self) -> str:
+        """The secret that the control routes ask for."""
+        return str(self.record["token"])
+
+    @property
+    def pid(self) -> int:
+        """Process id; never proof of life (pids are used again)."""
+        return int(self.record["pid"])
+
+    @property
+    def port(self) -> int:
+        """TCP port."""
+        return int(self.record["port"])
+
+    @property
+    def options(self) -> Dict[str, Any]:
+        """The options the daemon was started with: names and values as in Settings."""
+        found = self.record.get("options")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def address(self) -> str:
+        """The host to connect to: loopback unless the daemon listens on one other address only."""
+        host = str(self.record["host"])
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+    @property
+    def url(self) -> str:
+        """Built from the port, not read from a file."""
+        host = self.address
+        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.port)
+
+    def save(self) -> None:
+        """Write daemon.json. Raises OSError."""
+        data = json.dumps(self.record, indent=1).encode()
+        _write_private(os.path.join(self.directory, STATE_FILE), data)
+
+    def is_ours(self) -> bool:
+        """True if daemon.json still is this instance's."""
+        found = read_state(self.directory)
+        return found is not None and found.instance == self.instance
+
+    def remove(self) -> None:
+        """Delete daemon.json unless it belongs to a successor."""
+        if self.is_ours():
+            _unlink(os.path.join(self.directory, STATE_FILE))
+
+
+def read_state(directory: str) -> Optional[State]:
+    """What daemon.json in `directory` says, or None if it is absent, half, foreign or from elsewhere."""
+    try:
+        info = os.lstat(directory)
+    except OSError:
+        return None
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+        return None
+    data = _read_private(os.path.join(directory, STATE_FILE))
+    if data is None:
+        return None
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    kinds = {"instance": str, "token": str, "pid": int, "port": int, "host": str, "root": str}
+    if not isinstance(record, dict) or record.get("schema") != STATE_SCHEMA:
+        return None
+    if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        return None
+    return State(directory, record) if 0 < record["port"] < 65536 and record["pid"] > 0 else None
+
+
+def host_name() -> str:
+    """This machine's (or container's) name."""
+    return os.uname().nodename
+
+
+def boot_id() -> str:
+    """Changes with every boot; "" where the system has none."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def process_birth(pid: int) -> str:
+    """When the process `pid` was started, in the system's own words; "" if it cannot be known.
+
+    With the pid it names one process: pids are used again.
+    """
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19].decode("ascii")
+    except (OSError, IndexError, ValueError):
+        return ""
+
+
+def _stale(state: State) -> bool:
+    """True if the file is from before the last boot, or from another machine."""
+    return bool(boot_id()) and state.record.get("boot_id") != boot_id()
+
+
+def _elsewhere(state: State) -> bool:
+    """True if it may be another machine's or container's. No proof: laptops change their names."""
+    return _stale(state) or state.record.get("hostname") != host_name()
+
+
+# -- talking to a daemon --
+
+
+class Link:
+    """One keep-alive HTTP connection to a daemon. urllib and http.client cost 30 ms to import; this none."""
+
+    def __init__(self, state: State, timeout: float = CONTROL_TIMEOUT) -> None:
+        """Connect. Raises OSError."""
+        self._state = state
+        self._rest = b""  # of an answer after the one that was read
+        self.due = 0  # answers not read yet
+        family = socket.AF_INET6 if ":" in state.address else socket.AF_INET
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            self.sock.settimeout(timeout)
+            self.sock.connect((state.address, state.port))
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def send(self, method: str, path: str, body: Any = None, secret: bool = True) -> None:
+        """Send one request; `secret` adds the control token. Raises OSError."""
+        data = b"" if body is None else json.dumps(body).encode()
+        host = self._state.url[len("http://") :]
+        lines = ["%s %s HTTP/1.1" % (method, path), "host: " + host, "content-length: %d" % len(data)]
+        if data:
+            lines.append("content-type: application/json")
+        if secret:
+            lines.append("x-mflocal-token: " + self._state.token)
+        self.sock.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + data)
+        self.due += 1
+
+    def receive(self) -> Tuple[int, Any]:
+        """(status, JSON body) of the next answer. Raises OSError, ValueError for what is not one."""
+        data = self._rest
+        while b"\r\n\r\n" not in data:
+            part = self.sock.recv(65536)
+            if not part or len(data) > MAX_HEADER_BYTES:
+                raise ConnectionError("the daemon closed the connection")
+            data += part
+        head, _, body = data.partition(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        length = 0
+        for line in lines[1:]:
+            name, _, value = line.partition(":")
+            if name.lower() == "content-length":
+                length = min(int(value), MAX_BODY)
+        while len(body) < length:
+            part = self.sock.recv(65536)
+            if not part:
+                raise ConnectionError("the daemon closed the connection")
+            body += part
+        body, self._rest = body[:length], body[length:]
+        self.due -= 1
+        return int(lines[0].split(" ")[1]), json.loads(body) if body else None
+
+    def ask(self, method: str, path: str, body: Any = None, secret: bool = True) -> Tuple[int, Any]:
+        """send and receive."""
+        self.send(method, path, body, secret)
+        return self.receive()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.sock.close()
+
+
+def open_link(state: State) -> Optional[Link]:
+    """A connection to the daemon of `state`, after it has proved to be that daemon; None if it is not there.
+
+    The token is only ever sent to a server that knows the instance id from our private file.
+    """
+    if _stale(state):
+        return None
+    try:
+        link = Link(state)
+    except OSError:
+        return None
+    try:
+        status, body = link.ask("GET", "/_mflocal/id", secret=False)
+        if status == 200 and isinstance(body, dict) and body.get("instance") == state.instance:
+            return link
+    except (OSError, ValueError, IndexError):
+        pass
+    link.close()
+    return None
+
+
+def find_daemon(settings: Settings) -> Optional[Tuple[State, Link]]:
+    """The running daemon of this root and an open connection to it, or None. Creates nothing."""
+    for directory in state_dirs(settings):
+        state = read_state(directory)
+        link = open_link(state) if state else None
+        if state and link:
+            return state, link
+    return None
+
+
+# -- starting --
+
+
+class Running(NamedTuple):
+    """A daemon to use. how: "started" (by us) or "reused"; link: None while it still starts;
+    ready_fd: the pipe on which a daemon started by us reports, see wait_ready()."""
+
+    state: State
+    how: str
+    link: Optional[Link] = None
+    ready_fd: int = -1
+
+
+def ensure(settings: Settings, last_port: int = 0) -> Running:
+    """The daemon of this root: the one that runs, or a new one. Of many callers at once one starts it.
+
+    A started daemon need not be ready: connections to it queue until it is. `last_port` is the port to
+    insist on (a flow has its URL frozen in); else settings.port, else the port this root had last, else
+    any. Raises DaemonError.
+    """
+    deadline = time.monotonic() + START_TIMEOUT + DRAIN_TIMEOUT
+    _make_metaflow_dir(settings)
+    while True:
+        found = find_daemon(settings)
+        if found:
+            return Running(found[0], "reused", link=found[1])
+        taken = take_lock(settings)
+        if taken:
+            try:
+                return _launch(settings, taken[0], taken[1], last_port)
+            finally:
+                os.close(taken[0])
+        if time.monotonic() > deadline:
+            raise DaemonError(who_holds(settings))
+        time.sleep(LOCK_POLL)
+
+
+def who_holds(settings: Settings) -> str:
+    """Why there is no daemon to use although somebody holds the lock: the line for the user."""
+    for directory in state_dirs(settings):
+        state = read_state(directory)
+        if state and _elsewhere(state):
+            where = state.record.get("hostname")
+            return "a daemon on host %s serves %s already (see %s)" % (where, settings.root, directory)
+        if state:
+            return "the daemon of %s (pid %d) does not answer; end it with `mflocal stop --force`" % (
+                settings.root,
+                state.pid,
+            )
+    return "another process holds the lock in %s but no daemon answers" % settings.state_dir
+
+
+def _last_port(lock_fd: int) -> int:
+    try:
+        text = os.pread(lock_fd, 16, 0).decode("ascii").strip()
+    except (OSError, ValueError):
+        return 0
+    return int(text) if text.isdigit() and 0 < int(text) < 65536 else 0
+
+
+def listen(settings: Settings, lock_fd: int, last_port: int = 0) -> socket.socket:
+    """A listening socket by the rules of ensure(). Notes the port in the lock file. Raises DaemonError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    firm = last_port or settings.port
+    last = 0 if firm else _last_port(lock_fd)
+    wishes = [firm] if firm else [last, 0] if last else [0]
+    for port in wishes:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            # Without it a port would stay unusable for a minute after its daemon went (TIME_WAIT).
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((settings.host, port))
+            sock.listen(BACKLOG)
+        except OSError as error:
+            sock.close()
+            if port == 0 or firm:
+                raise DaemonError(_bind_problem(settings.host, port, error)) from None
+            continue
+        os.pwrite(lock_fd, b"%-6d\n" % sock.getsockname()[1], 0)
+        return sock
+    raise DaemonError("no free port on %s" % settings.host)
+
+
+def _bind_problem(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "port %d on %s is taken by another program (--port 0 takes a free one)" % (port, host)
+    return "cannot listen on %s port %d: %s" % (host, port, error.strerror or error)
+
+
+def new_state(settings: Settings, directory: str, port: int, pid: int) -> State:
+    """The state of a daemon about to start."""
+    record: Dict[str, Any] = {
+        "schema": STATE_SCHEMA,
+        "instance": os.urandom(16).hex(),
+        "token": os.urandom(24).hex(),
+        "pid": pid,
+        "birth": process_birth(pid),
+        "port": port,
+        "host": settings.host,
+        "root": settings.root,
+        "started_at": round(time.time(), 3),
+        "version": VERSION,
+        "hostname": host_name(),
+        "boot_id": boot_id(),
+        "state": "starting",
+        "auth_key": settings.auth_key,
+        "ui": settings.ui_bundle,
+        "options": {name: getattr(settings, name) for name in KEPT_OPTIONS},
+    }
+    return State(directory, record)
+
+
+def _launch(settings: Settings, lock_fd: int, directory: str, last_port: int) -> Running:
+    """Bind, listen, spawn the daemon, write daemon.json, let it go on. We hold the lock."""
+    sock = listen(settings, lock_fd, last_port)
+    ready_r, ready_w = os.pipe()
+    config_r, config_w = os.pipe()
+    log_fd = -1
+    try:
+        _sweep(directory)
+        log_fd = _open_private(os.path.join(directory, LOG_FILE), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        keep = (lock_fd, sock.fileno(), ready_w)
+        pid = _spawn(settings.root, config_r, log_fd, keep)
+        state = new_state(settings, directory, sock.getsockname()[1], pid)
+        state.save()
+        config = {"settings": _plain(settings), "state": state.record, "directory": directory, "fds": keep}
+        # The daemon waits for these bytes: if we die before, it reads an empty pipe and leaves.
+        os.write(config_w, json.dumps(config).encode())
+        result, ready_r = Running(state, "started", ready_fd=ready_r), -1
+        return result
+    except OSError as error:
+        raise DaemonError("cannot start the daemon in %s: %s" % (directory, error.strerror)) from None
+    finally:
+        sock.close()
+        for fd in (ready_r, ready_w, config_r, config_w, log_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+def _sweep(directory: str) -> None:
+    """Remove what a start killed half-way left behind. We hold the lock."""
+    for name in os.listdir(directory):
+        if name.endswith(".tmp"):
+            _unlink(os.path.join(directory, name))
+
+
+def _plain(settings: Settings) -> Dict[str, Any]:
+    return {**settings._asdict(), "asked": sorted(settings.asked)}
+
+
+def _spawn(root: str, stdin: int, log: int, keep: Tuple[int, ...]) -> int:
+    """Start the daemon process by exec: own session, no client settings, no descriptor but its own."""
+    if not sys.executable:
+        raise DaemonError("this Python does not know its own executable (sys.executable is empty)")
+    here = os.path.abspath(__file__)
+    name = os.path.splitext(os.path.basename(here))[0]
+    # Importing by name uses the cached bytecode, which running the file would not. The module's folder goes
+    # last: in a site-packages nothing may come before the standard library.
+    code = "import sys; sys.path.append(%r); import %s as m; sys.exit(m.daemon_main())"
+    command = [sys.executable, "-s" if "PYTHONHOME" in os.environ else "-I", "-S"]
+    command += ["-X", "utf8=%d" % sys.flags.utf8_mode, "-c", code % (os.path.dirname(here), name)]
+    command += ["mflocal daemon", root]
+    scrubbed = ("METAFLOW_", "PYTHON", "SHIV_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(scrubbed) or k == "PYTHONHOME"}
+    actions = [(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
+    plain = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD)
+    for fd in keep:
+        os.set_inheritable(fd, True)
+    try:
+        options: Dict[str, Any] = {"file_actions": actions, "setsigdef": plain, "setsigmask": ()}
+        try:
+            return os.posix_spawn(sys.executable, command, env, setsid=True, **options)
+        except NotImplementedError:  # old libc: the daemon leaves our session itself a little later
+            return os.posix_spawn(sys.executable, command, env, **options)
+    finally:
+        for fd in keep:
+            os.set_inheritable(fd, False)
+
+
+def read_ready(fd: int) -> Optional[str]:
+    """The daemon's report from its pipe, which is closed then: None = ready, else why it did not start."""
+    data = b""
+    try:
+        while not data.endswith(b"\n"):
+            part = os.read(fd, 4096)
+            if not part:
+                break
+            data += part
+    finally:
+        os.close(fd)
+    try:
+        report = json.loads(data)
+        return None if report.get("ready") else str(report.get("error"))
+    except (ValueError, AttributeError):
+        return "it ended without a word"
+
+
+def wait_ready(running: Running) -> Running:
+    """The same daemon, with a connection to it, once it answers. Raises DaemonError with its reason."""
+    if running.link:
+        return running
+    poll = select.poll()
+    poll.register(running.ready_fd, select.POLLIN)
+    if not poll.poll(START_TIMEOUT * 1000):
+        os.close(running.ready_fd)
+        raise DaemonError("the daemon (pid %d) is not ready after %d s" % (running.state.pid, START_TIMEOUT))
+    problem = read_ready(running.ready_fd)
+    if problem:
+        raise DaemonError(start_problem(running.state, problem))
+    link = open_link(running.state)
+    if not link:
+        raise DaemonError(start_problem(running.state, "it went away at once"))
+    return running._replace(link=link, ready_fd=-1)
+
+
+def start_problem(state: State, problem: str) -> str:
+    """The line that tells a user why a daemon did not start."""
+    return "the daemon could not start: %s (see %s)" % (problem, os.path.join(state.directory, LOG_FILE))
+
+
+def wait_gone(state: State, seconds: float) -> bool:
+    """Wait until the daemon of `state` has let its lock go; False if it has not after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while lock_is_held(state.directory):
+        current = read_state(state.directory)
+        if current and current.instance != state.instance:
+            return True  # a successor holds the lock
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOCK_POLL)
+    return True
+
+
+def kill_daemon(state: State) -> bool:
+    """SIGKILL for a daemon that does not answer, if its pid provably still is that process."""
+    birth = state.record.get("birth")
+    if _elsewhere(state) or not birth or process_birth(state.pid) != birth:
+        return False
+    try:
+        os.kill(state.pid, signal.SIGKILL)
+    except OSError:
+        return False
+    return True
+
+
+def complain(text: str) -> None:
+    """One line on stderr, as every message of ours: `mflocal: ...`."""
+    try:
+        sys.stderr.write("mflocal: %s\n" % " ".join(text.split()))
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # no stderr is no reason to fail
+
+
+# -- the daemon process --
+
+
+class Log:
+    """Lines with a time stamp, to daemon.log (at most two files of LOG_BYTES) or, without path, to stderr.
+
+    Descriptors 1 and 2 follow the file, so that a traceback of the interpreter itself lands there too.
+    """
+
+    def __init__(self, path: Optional[str]) -> None:
+        self._path = path
+        self._size = 0
+        if path:
+            self._open(path)
+
+    def _open(self, path: str) -> None:
+        fd = _open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._size = os.fstat(fd).st_size
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        os.close(fd)
+
+    def __call__(self, text: str) -> None:
+        """Write `text` as one line. Never raises: a full disk must not stop the daemon."""
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        line = "%s.%03d %s\n" % (stamp, now % 1 * 1000, text.rstrip("\n"))
+        data = line.encode("utf-8", "backslashreplace")
+        try:
+            if self._path and self._size + len(data) > LOG_BYTES:
+                os.replace(self._path, self._path + ".1")
+                self._open(self._path)
+            os.write(2, data)
+            self._size += len(data)
+        except OSError:
+            self._size += len(data)
+
+
+def _close_all_but(keep: Tuple[int, ...]) -> None:
+    """Close every descriptor above 2 that is not ours.
+
+    Whoever started us may have pipes that others read to their end: a CI step would hang on them.
+    """
+    try:
+        fds = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        fds = list(range(3, 1024))
+    for fd in fds:
+        if fd > 2 and fd not in keep:
+            try:
+                os.close(fd)
+            except OSError:
+                pass
+
+
+def daemon_main() -> int:
+    """The spawned process: read what the starter hands over on descriptor 0, then serve until stopped."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        os.setsid()
+    except OSError:
+        pass  # posix_spawn has done it
+    data = b""
+    while True:
+        part = os.read(0, 65536)
+        if not part:
+            break
+        data += part
+    if not data:
+        return 0  # the starter died: somebody else will start a daemon
+    config = json.loads(data)
+    lock_fd, sock_fd, ready_fd = config["fds"]
+    _close_all_but((lock_fd, sock_fd, ready_fd))
+    for fd in (lock_fd, sock_fd, ready_fd):
+        os.set_inheritable(fd, False)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    os.chdir("/")
+    fields = config["settings"]
+    for name in ("allowed_hosts", "allowed_origins"):
+        fields[name] = tuple(fields[name])
+    settings = Settings(**{**fields, "asked": frozenset(fields["asked"])})
+    state = State(config["directory"], config["state"])
+
+    def report(problem: Optional[str]) -> None:
+        answer = {"ready": True} if problem is None else {"error": problem}
+        try:
+            os.write(ready_fd, json.dumps(answer).encode() + b"\n")
+            os.close(ready_fd)
+        except OSError:
+            pass  # the starter did not wait for it
+
+    log = Log(os.path.join(state.directory, LOG_FILE))
+    return Host(settings, state, log, report).run(socket.socket(fileno=sock_fd))
+
+
+class Host:
+    """What keeps a Service running: signals, idle stop, daemon.json, control routes.
+
+    report: called once, with None when the server answers, or with the reason why it does not.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        state: State,
+        log: Callable[[str], None],
+        report: Callable[[Optional[str]], None],
+    ) -> None:
+        self._settings = settings
+        self._state = state
+        self._log = log
+        self._report = report
+        self._started = time.monotonic()
+        self._stopping = False
+        self._ready = False
+        self._stamp: Tuple[int, ...] = ()
+        self._logins: Dict[str, float] = {}  # one-time words of ui_url -> when they end (monotonic s)
+
+    def run(self, sock: socket.socket) -> int:
+        """Serve on `sock` until stopped. Returns the exit code: 0, or 1 after a failure."""
+        import asyncio
+
+        record = self._state.record
+        names = ("instance", "pid", "port", "host", "root", "version", "started_at")
+        identity = {**{name: record[name] for name in names}, "url": self._state.url}
+        try:
+            self.service = Service(self._settings, identity, self._log)
+            asyncio.run(self._serve(sock))
+        except Exception as error:
+            import traceback
+
+            self._log("failed: " + traceback.format_exc())
+            self._state.remove()
+            if not self._ready:
+                kind = "" if isinstance(error, SettingsError) else type(error).__name__ + ": "
+                self._report(kind + str(error))
+            return 1
+        self._log("stopped")
+        return 0
+
+    async def _serve(self, sock: socket.socket) -> None:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        add = self.service.router.add
+        add("GET", "/_mflocal/id", self._id)
+        add("GET", "/_mflocal/status", self._status)
+        add("POST", "/_mflocal/stop", self._stop)
+        add("POST", "/_mflocal/lease", self._lease)
+        add("POST", "/_mflocal/ui", self._ui)
+        add("GET", "/_mflocal/login", self._login)
+        watch = loop.create_task(self._watch())
+        try:
+            await self.service.serve(sock, ready=self._on_ready)
+        finally:
+            watch.cancel()
+            self._state.remove()
+
+    def _on_ready(self) -> None:
+        self._ready = True
+        self._state.record["state"] = "ready"
+        self._save()
+        took = time.monotonic() - self._started
+        self._log(
+            "mflocal %s serves %s on %s, pid %d, ready after %.2f s"
+            % (VERSION, self._state.record["root"], self._state.url, os.getpid(), took)
+        )
+        self._report(None)
+
+    def _save(self) -> None:
+        try:
+            self._state.save()
+            self._stamp = self._file_stamp()
+        except OSError as error:
+            self._log("cannot write %s: %s" % (STATE_FILE, error))
+
+    def _file_stamp(self) -> Tuple[int, ...]:
+        """Changes when daemon.json is replaced; () when it is gone, with its root or without."""
+        try:
+            info = os.stat(os.path.join(self._state.directory, STATE_FILE))
+            if not os.path.isdir(self._settings.metaflow_dir):
+                return ()
+            return (info.st_dev, info.st_ino, info.st_mtime_ns)
+        except OSError:
+            return ()
+
+    def begin_stop(self, why: str, now: bool = False) -> None:
+        """Drain and stop; a second call, or `now`, does not wait for requests in flight."""
+        now = now or self._stopping
+        self._log("stopping%s: %s" % (" now" if now else "", why))
+        self._stopping = True
+        self._state.remove()  # first, so that the next `start` waits for the lock and not for us
+        self.service.stop(now=now)
+
+    def _on_signal(self, number: int) -> None:
+        self.begin_stop(signal.Signals(number).name)
+
+    async def _watch(self) -> None:
+        """Idle stop, vanished root, successor: one look per tick."""
+        import asyncio
+
+        while not self._stopping:
+            wait = IDLE_TICK
+            try:
+                left = self.service.idle_left() if self._ready else None
+                if left is not None and left <= 0:
+                    self.begin_stop("idle for %g s" % self._settings.idle_timeout)
+                    return
+                stamp = self._file_stamp()
+                if self._ready and stamp != self._stamp:
+                    if not stamp or not self._state.is_ours():
+                        self.begin_stop("%s is gone or another daemon's" % STATE_FILE)
+                        return
+                    self._stamp = stamp
+                if left is not None:
+                    wait = min(wait, max(left, 0.01))
+            except Exception as error:
+                self._log("watch: %s: %s" % (type(error).__name__, error))
+            await asyncio.sleep(wait)
+
+    # -- control routes; each but /id and /login needs the token from our private file --
+
+    def _check(self, request: Request) -> None:
+        import hmac
+
+        given = request.headers.get("x-mflocal-token", "")
+        if not hmac.compare_digest(given.encode("latin-1", "replace"), self._state.token.encode()):
+            raise Problem(403, "the control routes need the token from %s" % STATE_FILE)
+
+    def _body(self, request: Request) -> Dict[str, Any]:
+        self._check(request)
+        body = request.json() if request.body else {}
+        if not isinstance(body, dict):
+            raise Problem(400, "the body must be a JSON object")
+        return body
+
+    def _id(self, request: Request) -> Response:
+        return json_response({"instance": self._state.instance})
+
+    def _status(self, request: Request) -> Response:
+        self._check(request)
+        record = self._state.record
+        left = self.service.idle_left()
+        return json_response(
+            {
+                "pid": os.getpid(),
+                "port": self._state.port,
+                "url": self._state.url,
+                "root": record["root"],
+                "version": VERSION,
+                "state": record["state"],
+                "started_at": record["started_at"],
+                "uptime": round(time.monotonic() - self._started, 1),
+                "idle_timeout": self._settings.idle_timeout,
+                "idle_left": None if left is None else round(left, 1),
+                "active_runs": self.service.active_runs(),
+                "ui": record.get("ui"),
+                "python": sys.executable,
+                "log": os.path.join(self._state.directory, LOG_FILE),
+            }
+        )
+
+    def _stop(self, request: Request) -> Response:
+        import asyncio
+
+        runs = self.service.active_runs()
+        if runs and not self._body(request).get("force"):
+            return json_response({"stopping": False, "active_runs": runs}, 409)
+        self._check(request)
+        # A moment later, so that this answer is out before the server drains.
+        asyncio.get_running_loop().call_later(0.01, self.begin_stop, "asked by `mflocal stop`")
+        return json_response({"stopping": True, "active_runs": runs})
+
+    def _lease(self, request: Request) -> Response:
+        """A wrapper lives as long as this connection; with "ended" its command has ended by itself."""
+        body = self._body(request)
+        lease = body.get("lease")
+        if not isinstance(lease, str) or not lease.isalnum() or len(lease) > 64:
+            raise Problem(400, "lease must be 1 to 64 letters and digits")
+        if body.get("ended"):
+            self.service.end_lease(lease, True)
+        else:
+            self.service.hold_lease(request.connection, lease)
+        return json_response({"instance": self._state.instance, "ui": bool(self._state.record.get("ui"))})
+
+    def _ui(self, request: Request) -> Response:
+        bundle = self._body(request).get("bundle")
+        if bundle is not None:
+            if not isinstance(bundle, str) or not os.path.isabs(bundle):
+                raise Problem(400, "bundle must be an absolute path")
+            try:
+                self.service.bundle = Bundle(bundle)
+            except SettingsError as error:
+                raise Problem(400, str(error)) from None
+            self._state.record["ui"] = bundle
+            self._save()
+        if self.service.bundle is None:
+            raise Problem(404, "no UI bundle is served")
+        return json_response({"url": self._ui_url()})
+
+    def _ui_url(self) -> str:
+        """Where to send the browser. It cannot send a key: with one it gets a cookie for a one-time word."""
+        if not self._settings.auth_key:
+            return self._state.url + "/"
+        now = time.monotonic()
+        self._logins = {word: end for word, end in self._logins.items() if end > now}
+        word = os.urandom(16).hex()
+        self._logins[word] = now + LOGIN_SECONDS
+        return "%s/_mflocal/login?once=%s" % (self._state.url, word)
+
+    def _login(self, request: Request) -> Response:
+        end = self._logins.pop(request.arg("once") or "", 0.0)
+        if end < time.monotonic() or not self._settings.auth_key:
+            raise Problem(403, "this link has been used or is too old; `mflocal ui` makes a new one")
+        cookie = key_cookie(self._settings.auth_key)
+        return Response(303, headers=[("Location", "/"), cookie, ("Cache-Control", "no-store")])
+
+
+def serve_here(settings: Settings) -> int:
+    """`mflocal serve`: be the daemon, in this process, with the log on stderr. Returns the exit code.
+
+    Raises DaemonError when it cannot start, also when a daemon serves this root already.
+    """
+    _make_metaflow_dir(settings)
+    deadline = time.monotonic() + DRAIN_TIMEOUT
+    taken = take_lock(settings)
+    while taken is None:
+        found = find_daemon(settings)
+        if found:
+            state = found[0]
+            raise DaemonError("pid %d serves %s already, on %s" % (state.pid, settings.root, state.url))
+        if time.monotonic() > deadline:
+            raise DaemonError(who_holds(settings))
+        time.sleep(LOCK_POLL)
+        taken = take_lock(settings)
+    lock_fd, directory = taken
+    sock = listen(settings, lock_fd)
+    _sweep(directory)
+    state = new_state(settings, directory, sock.getsockname()[1], os.getpid())
+    try:
+        state.save()
+    except OSError as error:
+        raise DaemonError("cannot write in %s: %s" % (directory, error.strerror)) from None
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    problems: List[str] = []
+
+    def report(problem: Optional[str]) -> None:
+        if problem:
+            problems.append(problem)
+
+    code = Host(settings, state, Log(None), report).run(sock)
+    if problems:
+        raise DaemonError("could not start: " + problems[0])
+    os.close(lock_fd)
+    return code
+
+
+# ---- 16. CLI: commands, the environment of CMD, the wrapper around it ----
+#
+# argparse and subprocess cost more than the rest of a `run` with a running daemon together, and argparse
+# cannot stop at the first word of CMD: both are done by hand here.
+
+EXIT_NONE = 1  # no daemon runs
+EXIT_USAGE = 2
+EXIT_DAEMON = 3  # the daemon could not start, or be reached
+EXIT_REFUSED = 4  # runs are active
+LOCAL_NAMES = "127.0.0.1,localhost"
+UI_IMAGE = "docker run -p 3000:3000 -e METAFLOW_SERVICE=%s/api netflix/metaflow-ui:latest"
+
+
+class _Usage(Exception):
+    """Wrong words on the command line: one line, exit code 2."""
+
+
+class _Command(NamedTuple):
+    run: Callable[["_Args"], int]
+    flags: Tuple[str, ...]
+    help: str
+
+
+class _Args(NamedTuple):
+    """A parsed command line. values: option name without dashes -> text, True for switches, list of
+    texts for repeatable ones. rest: the words after the options (CMD of `run`)."""
+
+    values: Dict[str, Any]
+    rest: List[str]
+
+    def on(self, name: str) -> bool:
+        return bool(self.values.get(name))
+
+
+# name -> (placeholder or "" for switches, repeatable, help)
+_FLAGS: Dict[str, Tuple[str, bool, str]] = {
+    "root": ("DIR", False, "the directory that contains .metaflow (default: as Metaflow's local mode finds it)"),
+    "port": ("PORT", False, "TCP port (default 0: the one this root had last, else any free one)"),
+    "host": ("HOST", False, "address to listen on (default 127.0.0.1; others need an auth key)"),
+    "idle-timeout": ("SECONDS", False, "stop after so long without use, 0 = never (default 300; serve: 0)"),
+    "allow-host": ("NAME", True, "also answer requests for this Host name (repeatable)"),
+    "allow-origin": ("URL", True, "also answer pages from this origin (repeatable)"),
+    "heartbeats": ("MODE", False, "auto, connection or sidecar: how tasks show that they live (default auto)"),
+    "bundle": ("DIR|ZIP", False, "static build of the Metaflow UI to serve"),
+    "no-open": ("", False, "do not open the browser"),
+    "json": ("", False, "print JSON"),
+    "follow": ("", False, "keep printing what is added (-f)"),
+    "force": ("", False, "also when runs are active, or when the daemon does not answer"),
+    "quiet": ("", False, "no line of our own on stderr (-q)"),
+}
+_SHORT = {"-q": "--quiet", "-f": "--follow", "-h": "--help", "--metaflow-root": "--root", "-V": "--version"}
+_FIELDS = {  # option -> field of Settings
+    "root": "root",
+    "port": "port",
+    "host": "host",
+    "idle-timeout": "idle_timeout",
+    "allow-host": "allowed_hosts",
+    "allow-origin": "allowed_origins",
+    "heartbeats": "heartbeats",
+    "bundle": "ui_bundle",
+}
+
+
+def _parse(words: Sequence[str], flags: Sequence[str], with_command: bool) -> _Args:
+    """Options up to the first other word; after that, and after `--`, everything is CMD."""
+    values: Dict[str, Any] = {}
+    todo = list(words)
+    while todo and todo[0].startswith("-") and todo[0] != "-":
+        word = todo.pop(0)
+        if word == "--":
+            break
+        name, equals, text = word.partition("=")
+        name = _SHORT.get(name, name)
+        if name == "--help":
+            values["help"] = True
+            continue
+        if not name.startswith("--") or name[2:] not in flags:
+            raise _Usage("unknown option %s" % word)
+        kind, repeatable, _ = _FLAGS[name[2:]]
+        if not kind:
+            if equals:
+                raise _Usage("%s takes no value" % name)
+            values[name[2:]] = True
+            continue
+        if not equals:
+            if not todo:
+                raise _Usage("%s needs a value (%s)" % (name, kind))
+            text = todo.pop(0)
+        if repeatable:
+            values.setdefault(name[2:], []).append(text)
+        else:
+            values[name[2:]] = text
+    if todo and not with_command and not values.get("help"):
+        # Options may also stand between words of commands without CMD, but there are no such words.
+        raise _Usage("unexpected %r" % todo[0])
+    return _Args(values, todo)
+
+
+def _settings(args: _Args, **more: str) -> Settings:
+    """Settings from the command line and the environment, with the UI bundle that would be served."""
+    flags = {field: args.values.get(option) for option, field in _FIELDS.items()}
+    for field, text in more.items():
+        if flags.get(field) is None and not os.environ.get(ENV_PREFIX + OPTIONS[field][1]):
+            flags[field] = text
+    settings = make_settings(flags, os.environ)
+    if settings.ui_bundle:
+        problem = bundle_problem(settings.ui_bundle)
+        if problem:
+            name = "--bundle" if args.values.get("bundle") else ENV_PREFIX + "UI_BUNDLE"
+            raise SettingsError("%s: %s" % (name, problem))
+    return settings._replace(asked=settings.asked - set(more)) if more else settings
+
+
+# -- the UI bundle --
+
+
+def bundle_problem(path: str) -> str:
+    """Why `path` is no static build of the UI; "" if it looks like one (the server looks closer)."""
+    if os.path.isdir(path):
+        if os.path.isfile(os.path.join(path, "index.html")):
+            return ""
+        return "%s has no index.html" % path
+    if not os.path.isfile(path):
+        return "there is no %s" % path
+    try:
+        with open(path, "rb") as file:
+            return "" if file.read(4) == b"PK\3\4" else "%s is neither a folder nor a zip" % path
+    except OSError as error:
+        return "cannot read %s: %s" % (path, error.strerror)
+
+
+def find_bundle() -> Optional[str]:
+    """A UI bundle that nobody named: metaflow-ui*.zip beside the .pyz or in ~/.cache/mflocal (the last by
+    name), or the one that build.py put into the .pyz (mflocal_ui.zip beside this module)."""
+    places = []
+    program = os.path.abspath(sys.argv[0]) if sys.argv and sys.argv[0] else ""
+    if program.endswith(".pyz"):
+        places.append(os.path.dirname(os.path.realpath(program)))
+    places.append(os.path.join(os.path.expanduser("~"), ".cache", "mflocal"))
+    for place in places:
+        try:
+            names = sorted(os.listdir(place), reverse=True)
+        except OSError:
+            continue
+        for name in names:
+            path = os.path.join(place, name)
+            if name.startswith("metaflow-ui") and name.endswith(".zip") and not bundle_problem(path):
+                return path
+    inside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mflocal_ui.zip")
+    return inside if os.path.isfile(inside) else None
+
+
+def _with_bundle(settings: Settings) -> Settings:
+    return settings if settings.ui_bundle else settings._replace(ui_bundle=find_bundle())
+
+
+# -- the environment of clients --
+
+
+def no_proxy(environ: Mapping[str, str]) -> str:
+    """Both spellings of NO_PROXY in one, and our own address: requests prefers the lower-case one."""
+    words: List[str] = []
+    for text in (environ.get("NO_PROXY", ""), environ.get("no_proxy", ""), LOCAL_NAMES):
+        words += [w.strip() for w in text.split(",") if w.strip() and w.strip() not in words]
+    return ",".join(words)
+
+
+def client_environment(settings: Settings, state: State, config: ClientConfig) -> Dict[str, str]:
+    """The variables that make Metaflow's client use this daemon (all but the sidecars' and the lease)."""
+    env = {"METAFLOW_SERVICE_URL": state.url, "METAFLOW_DEFAULT_METADATA": "service"}
+    key = state.record.get("auth_key")
+    if key:
+        env["METAFLOW_SERVICE_AUTH_KEY"] = str(key)
+    if state.record.get("ui"):
+        env["METAFLOW_UI_URL"] = state.url
+    env["NO_PROXY"] = env["no_proxy"] = no_proxy(os.environ)
+    if "root" in settings.asked:
+        # Metadata, artifacts and cards must not part ways.
+        if config.get("METAFLOW_DATASTORE_SYSROOT_LOCAL") is None:
+            env["METAFLOW_DATASTORE_SYSROOT_LOCAL"] = settings.root
+        if config.get("METAFLOW_CARD_LOCALROOT") is None:
+            env["METAFLOW_CARD_LOCALROOT"] = os.path.join(settings.metaflow_dir, "mf.cards")
+    return env
+
+
+def lease_headers(config: ClientConfig, lease: str) -> str:
+    """METAFLOW_SERVICE_HEADERS: what the user has configured there, and our lease id."""
+    name = "METAFLOW_SERVICE_HEADERS"
+    value = config.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise SettingsError("%s is not JSON" % name) from None
+    if value is not None and not isinstance(value, dict):
+        raise SettingsError("%s must be a JSON object" % name)
+    return json.dumps({**(value or {}), "x-mflocal-lease": lease})
+
+
+# -- does the Python that runs CMD have Metaflow extensions? --
+
+
+def sidecars_off(settings: Settings, config: ClientConfig, command: Sequence[str]) -> bool:
+    """True if CMD should run without heartbeat sidecars: the connections of its processes show its life.
+
+    Not if the user chose his sidecars, and in mode `auto` not if extension packages are installed that may
+    bring their own, or if it is unknown which Python runs CMD.
+    """
+    if settings.heartbeats == "sidecar" or config.get("METAFLOW_ENABLED_SIDECAR") is not None:
+        return False
+    return settings.heartbeats == "connection" or has_extensions(command) is False
+
+
+def has_extensions(command: Sequence[str]) -> Optional[bool]:
+    """Whether Metaflow would load extension plugins in the Python that runs `command`; None = unknown.
+
+    Looks where Metaflow finds extensions (the namespace package metaflow_extensions on sys.path, see
+    metaflow/extension_support) without importing anything; may look at more places than that.
+    """
+    places = _python_path(command)
+    if places is None:
+        return None
+    places += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    places.append(os.getcwd())  # python -m, python -c
+    places += [os.path.dirname(os.path.abspath(word)) for word in command[1:] if word.endswith(".py")][:1]
+    seen = set()
+    while places:
+        place = places.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        if _plugins_in(os.path.join(place, "metaflow_extensions")):
+            return True
+        for path, text in _path_files(place):
+            if "metaflow_extensions" in text:
+                return True  # the finder module of an editable install
+            if path.endswith(".pth"):
+                lines = (line.strip() for line in text.splitlines())
+                more = [line for line in lines if line and not line.startswith(("#", "import ", "import\t"))]
+                places += [os.path.join(place, line) for line in more if len(seen) < 1000]
+    return False
+
+
+def _plugins_in(directory: str) -> bool:
+    try:
+        with os.scandir(directory) as names:
+            packages = [e.path for e in names if e.is_dir()]
+    except OSError:
+        return False
+    return any(os.path.exists(os.path.join(p, n)) for p in packages for n in ("plugins", "plugins.py"))
+
+
+def _path_files(place: str) -> List[Tuple[str, str]]:
+    """(path, text) of the files in a site directory that add to sys.path."""
+    try:
+        names = os.listdir(place)
+    except OSError:
+        return []
+    found = []
+    for name in names:
+        if name.endswith(".pth") or (name.startswith("__editable__") and name.endswith(".py")):
+            try:
+                with open(os.path.join(place, name), encoding="utf-8", errors="replace") as file:
+                    found.append((name, file.read(256 * KIB)))
+            except OSError:
+                pass
+    return found
+
+
+def _python_path(command: Sequence[str]) -> Optional[List[str]]:
+    """The site directories of the Python that runs `command`, as far as that can be known cheaply."""
+    program = find_program(command[0])
+    if program is None:
+        return None
+    if not _looks_like_python(command[0]):
+        program = _shebang(program)
+        if program is None:
+            return None
+    head = _read_head(program)
+    if head[:2] != b"#!":  # a real program, not pyenv's or asdf's script of that name
+        places = _site_dirs(program)
+        if places:
+            return places
+    return _ask_python(program)
+
+
+def _looks_like_python(word: str) -> bool:
+    name = os.path.basename(word)
+    return name.startswith(("python", "pypy")) and all(c in "pyton0123456789.h" for c in name)
+
+
+def find_program(word: str) -> Optional[str]:
+    """The path of the program that the word starts, as execvp would find it."""
+    if "/" in word:
+        return word if os.access(word, os.X_OK) else None
+    for directory in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        path = os.path.join(directory or ".", word)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def _read_head(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(1024)
+    except OSError:
+        return b""
+
+
+def _shebang(path: str) -> Optional[str]:
+    """The Python that a script names in its first line (or, as pip writes long ones, in its second)."""
+    lines = _read_head(path).split(b"\n")
+    if not lines[0].startswith(b"#!"):
+        return None
+    words = os.fsdecode(lines[0][2:]).split()
+    if words[:1] == ["/bin/sh"] and len(lines) > 1 and lines[1].startswith(b"'''exec' "):
+        line = os.fsdecode(lines[1])[len("'''exec' ") :]
+        words = line.split('"')[1:2] if line.startswith('"') else line.split()[:1]
+    if words and os.path.basename(words[0]) == "env":
+        names = [w for w in words[1:] if not w.startswith("-") and "=" not in w]
+        words = [find_program(names[0]) or ""] if names else []
+    return words[0] if words and _looks_like_python(words[0]) else None
+
+
+def _site_dirs(python: str) -> List[str]:
+    """The site-packages of an interpreter or virtual environment, by its layout on disk; [] if unknown."""
+    prefix = os.path.dirname(os.path.dirname(os.path.abspath(python)))
+    own: List[str] = []
+    try:
+        with open(os.path.join(prefix, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
+            lines = [line.partition("=") for line in file]
+    except OSError:
+        prefix = os.path.dirname(os.path.dirname(os.path.realpath(python)))
+        return _lib_dirs(prefix) and _lib_dirs(prefix) + _user_dirs()
+    own = _lib_dirs(prefix)
+    values = {key.strip().lower(): value.strip() for key, _, value in lines}
+    if own and values.get("include-system-site-packages", "").lower() == "true":
+        own += _lib_dirs(os.path.dirname(values.get("home", ""))) + _user_dirs()
+    return own
+
+
+def _lib_dirs(prefix: str) -> List[str]:
+    """Every site-packages and dist-packages under a prefix, of whatever Python version."""
+    found = []
+    roots = [prefix, "/usr/local"] if prefix == "/usr" else [prefix]
+    for lib in [os.path.join(root, name) for root in roots for name in ("lib", "lib64")]:
+        try:
+            names = os.listdir(lib)
+        except OSError:
+            continue
+        for name in names:
+            if name.startswith(("python", "pypy")):
+                places = [os.path.join(lib, name, d) for d in ("site-packages", "dist-packages")]
+                found += [place for place in places if os.path.isdir(place)]
+    return found
+
+
+def _user_dirs() -> List[str]:
+    base = os.environ.get("PYTHONUSERBASE") or os.path.expanduser("~/.local")
+    return _lib_dirs(base)
+
+
+def _ask_python(python: str) -> Optional[List[str]]:
+    """sys.path of an interpreter whose layout we do not know (version managers' scripts): 30 to 100 ms."""
+    import subprocess
+
+    null = subprocess.DEVNULL
+    command = [python, "-c", "import sys; sys.stdout.write('\\0'.join(sys.path))"]
+    try:
+        done = subprocess.run(command, stdin=null, stdout=subprocess.PIPE, stderr=null, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if done.returncode:
+        return None
+    return [path for path in os.fsdecode(done.stdout).split("\0") if path]
+
+
+# -- run --
+
+
+def _cmd_run(args: _Args) -> int:
+    if not args.rest:
+        raise _Usage("run needs a command, as in: mflocal run python flow.py run")
+    settings = _with_bundle(_settings(args))
+    config = ClientConfig(os.environ, os.getcwd())
+    lease = os.urandom(8).hex()
+    headers = lease_headers(config, lease)
+    running = ensure(settings)
+    env = client_environment(settings, running.state, config)
+    env["METAFLOW_SERVICE_HEADERS"] = headers
+    if sidecars_off(settings, config, args.rest):
+        env["METAFLOW_ENABLED_SIDECAR"] = ""
+    wrapper = _Wrapper(settings, running, lease)
+    try:
+        if not args.on("quiet"):
+            state = running.state
+            line = "%s, root %s, %s, pid %d" % (state.url, state.record["root"], running.how, state.pid)
+            complain(line + _overridden(config, state.url))
+            _compare(settings, running)
+        return wrapper.run(args.rest, {**os.environ, **env})
+    finally:
+        wrapper.close()
+
+
+def _overridden(config: ClientConfig, url: str) -> str:
+    """What of the user's configuration `run` sets aside, or cannot serve, for our line on stderr."""
+    text = ""
+    other = config.get("METAFLOW_SERVICE_URL")
+    if other and str(other).rstrip("/") != url:
+        text += ", overrides METAFLOW_SERVICE_URL=%s" % other
+    datastore = config.get("METAFLOW_DEFAULT_DATASTORE")
+    if datastore and datastore != "local":
+        text += ", default datastore %s is not local" % datastore
+    return text
+
+
+def _compare(settings: Settings, running: Running) -> None:
+    """Say so if a running daemon has other options than the ones asked for."""
+    if running.how != "reused":
+        return
+    record, options, other = running.state.record, running.state.options, []
+    for field in sorted(settings.asked - {"root", "heartbeats", "ui_bundle"}):
+        wanted = getattr(settings, field)
+        has = record.get(field) if field in ("port", "auth_key", "host") else options.get(field, wanted)
+        if (list(wanted) if isinstance(wanted, tuple) else wanted) == has or (field, wanted) == ("port", 0):
+            continue
+        flag, env, _ = OPTIONS[field]
+        other.append((flag or ENV_PREFIX + env) + ("" if field == "auth_key" else " is %s" % (has,)))
+    if other:
+        complain("the running daemon keeps its options (%s); `mflocal restart` changes them" % ", ".join(other))
+
+
+class _Ended(Exception):
+    """CMD cannot go on: its daemon is gone for good."""
+
+
+class _Wrapper:
+    """CMD, its lease, and its daemon: waits for all three at once, without polling."""
+
+    def __init__(self, settings: Settings, running: Running, lease: str) -> None:
+        self._settings = settings
+        self._running = running
+        self._lease = lease
+        self._link: Optional[Link] = running.link
+        self._ready_fd = running.ready_fd
+        self._retry_at: Optional[float] = None  # monotonic: when to look for our daemon again
+        self._give_up_at = 0.0
+        self._restarts: List[float] = []
+        self._pid = 0
+        self._status: Optional[int] = None
+        self._daemons = [running.state.pid] if running.how == "started" else []
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_r, False)
+        os.set_blocking(self._wake_w, False)
+
+    def close(self) -> None:
+        """Let the lease go. If CMD ended by itself, say so first: then its runs have ended with it.
+
+        A daemon that is not ready yet has seen no run, and is not waited for.
+        """
+        if not self._link:
+            return
+        try:
+            if self._ready_fd < 0 and self._status is not None and os.WIFEXITED(self._status):
+                self._link.sock.settimeout(1.0)
+                self._link.send("POST", "/_mflocal/lease", {"lease": self._lease, "ended": True})
+                while self._link.due:
+                    self._link.receive()
+        except (OSError, ValueError, IndexError):
+            pass
+        self._link.close()
+
+    def run(self, command: Sequence[str], env: Mapping[str, str]) -> int:
+        """Run CMD to its end. Returns the exit code for it."""
+        self._take_lease()
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD):
+            # A handler and not SIG_IGN, which CMD would inherit. The terminal sends these to CMD as well.
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGCHLD:
+                signal.signal(number, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
+                signal.signal(number, self._forward)
+        try:
+            # Python ignores these two; CMD must not inherit that.
+            self._pid = os.posix_spawnp(
+                command[0], list(command), dict(env), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ)
+            )
+        except OSError as error:
+            complain("cannot run %s: %s" % (command[0], error.strerror))
+            return 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
+        try:
+            while not self._ended():
+                self._wait()
+        except (_Ended, DaemonError) as error:
+            complain("%s; ending the command" % error)
+            return self._end_command()
+        return _exit_code(self._status or 0)
+
+    def _forward(self, number: int, _frame: Any) -> None:
+        if self._pid and self._status is None:
+            try:
+                os.kill(self._pid, number)
+            except OSError:
+                pass
+
+    def _ended(self) -> bool:
+        """Reap; True once CMD has ended."""
+        for daemon in list(self._daemons):  # children of ours when we started them: no zombies
+            try:
+                if os.waitpid(daemon, os.WNOHANG)[0]:
+                    self._daemons.remove(daemon)
+            except OSError:
+                self._daemons.remove(daemon)
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._status = status
+        return self._status is not None
+
+    def _wait(self) -> None:
+        """Sleep until CMD ends, a signal comes, or something happens to the daemon; then deal with it."""
+        poll = select.poll()
+        poll.register(self._wake_r, select.POLLIN)
+        if self._link:
+            poll.register(self._link.sock, select.POLLIN)
+        if self._ready_fd >= 0:
+            poll.register(self._ready_fd, select.POLLIN)
+        pause = None
+        if self._retry_at is not None:
+            pause = max(0.0, self._retry_at - time.monotonic()) * 1000
+        events = [fd for fd, _ in poll.poll(pause)]
+        if self._wake_r in events:
+            os.read(self._wake_r, 4096)
+            if self._ended():
+                return
+        if self._ready_fd in events:
+            fd, self._ready_fd = self._ready_fd, -1
+            problem = read_ready(fd)
+            if problem:
+                raise _Ended(start_problem(self._running.state, problem))
+        if self._link and self._link.sock.fileno() in events:
+            self._lease_event(self._link)
+        if self._retry_at is not None and time.monotonic() >= self._retry_at:
+            self._find_again()
+
+    def _take_lease(self) -> None:
+        """Ask for the lease on a connection that stays open; the answer may come when it comes."""
+        try:
+            if not self._link:
+                self._link = Link(self._running.state)
+            self._link.send("POST", "/_mflocal/lease", {"lease": self._lease})
+        except OSError:
+            self._lost()
+
+    def _lease_event(self, link: Link) -> None:
+        """The lease connection has something: the answer, or its end."""
+        try:
+            if link.due and link.receive()[0] == 200:
+                return
+        except (OSError, ValueError, IndexError):
+            pass
+        self._lost()
+
+    def _lost(self) -> None:
+        """The daemon is gone. daemon.json tells: still its own means it crashed, else it was asked to go."""
+        if self._link:
+            self._link.close()
+            self._link = None
+        now = time.monotonic()
+        self._retry_at = now
+        self._give_up_at = now + RESTART_WINDOW
+
+    def _find_again(self) -> None:
+        """Bring a crashed daemon back on its port; after a `restart` go over to the new one."""
+        state = self._running.state
+        if not state.is_ours():
+            self._adopt(state)
+            return
+        now = time.monotonic()
+        self._restarts = [t for t in self._restarts if now - t < RESTART_WINDOW]
+        if len(self._restarts) >= MAX_RESTARTS:
+            self._retry_at = self._restarts[0] + RESTART_WINDOW
+            return
+        self._restarts.append(now)
+        settings = _as_started(self._settings, state)
+        self._running = ensure(settings, last_port=state.port)
+        if self._running.state.port != state.port:
+            raise _Ended("the daemon came back on port %d, not %d" % (self._running.state.port, state.port))
+        self._settings = settings
+        self._retry_at = None
+        self._link = self._running.link
+        self._ready_fd = self._running.ready_fd
+        if self._running.how == "started":
+            self._daemons.append(self._running.state.pid)
+            new = self._running.state.pid
+            complain("the daemon (pid %d) died; started it again, pid %d" % (state.pid, new))
+        self._take_lease()
+
+    def _adopt(self, old: State) -> None:
+        """The daemon was asked to go. If another one comes on the same port within a minute, hold on to it."""
+        found = find_daemon(self._settings)
+        if found and found[0].port == old.port:
+            self._running = Running(found[0], "reused", link=found[1])
+            self._link = found[1]
+            self._retry_at = None
+            self._take_lease()
+            return
+        if found:
+            found[1].close()
+        now = time.monotonic()
+        self._retry_at = now + 0.25 if now < self._give_up_at else None
+
+    def _end_command(self) -> int:
+        """SIGTERM, and SIGKILL when that does not help."""
+        self._forward(signal.SIGTERM, None)
+        deadline = time.monotonic() + KILL_AFTER
+        poll = select.poll()
+        poll.register(self._wake_r, select.POLLIN)
+        while not self._ended():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self._forward(signal.SIGKILL, None)
+                self._status = os.waitpid(self._pid, 0)[1]
+                break
+            if poll.poll(left * 1000):
+                os.read(self._wake_r, 4096)
+        return EXIT_DAEMON
+
+
+def _as_started(settings: Settings, state: State) -> Settings:
+    """Our settings with the options that the daemon of `state` had: a daemon brought back keeps them."""
+    options = state.options.items()
+    values: Dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options if k in KEPT_OPTIONS}
+    values.update(auth_key=state.record.get("auth_key"), ui_bundle=state.record.get("ui"), port=state.port)
+    return settings._replace(**values)
+
+
+def _exit_code(status: int) -> int:
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+# -- start, env, ui --
+
+
+def _quote(text: str) -> str:
+    safe = text and all(c.isalnum() and c.isascii() or c in "@%+=:,./-_" for c in text)
+    return text if safe else "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+def _exports(settings: Settings, state: State) -> str:
+    env = client_environment(settings, state, ClientConfig(os.environ, os.getcwd()))
+    return "".join("export %s=%s\n" % (name, _quote(value)) for name, value in env.items())
+
+
+def _leaves(state: State) -> str:
+    seconds = state.options.get("idle_timeout", IDLE_TIMEOUT)
+    return "stops after %g s without use" % seconds if seconds else "never stops by itself"
+
+
+def _ensure_ready(args: _Args, settings: Settings) -> Running:
+    running = wait_ready(ensure(settings))
+    if not args.on("quiet"):
+        _compare(settings, running)
+    return running
+
+
+def _cmd_start(args: _Args) -> int:
+    settings = _with_bundle(_settings(args))
+    _print_started(settings, _ensure_ready(args, settings))
+    return 0
+
+
+def _print_started(settings: Settings, running: Running) -> None:
+    state = running.state
+    sys.stdout.write(
+        "mflocal %s: pid %d, %s, root %s, %s\n%s%s\n"
+        % (
+            running.how if running.how == "started" else "runs already",
+            state.pid,
+            state.url,
+            state.record["root"],
+            _leaves(state),
+            _exports(settings, state),
+            _ui_line(state),
+        )
+    )
+
+
+def _ui_line(state: State) -> str:
+    if state.record.get("ui"):
+        return "UI: %s" % (state.url if not state.record.get("auth_key") else "mflocal ui")
+    return "UI: " + UI_IMAGE % state.url
+
+
+def _cmd_env(args: _Args) -> int:
+    settings = _with_bundle(_settings(args))
+    running = _ensure_ready(args, settings)
+    sys.stdout.write(_exports(settings, running.state))
+    if not args.on("quiet"):
+        state = running.state
+        complain("%s, root %s, %s" % (state.url, state.record["root"], _leaves(state)))
+    return 0
+
+
+def _cmd_ui(args: _Args) -> int:
+    settings = _settings(args)
+    asked = settings.ui_bundle
+    settings = _with_bundle(settings)
+    running = _ensure_ready(args, settings)
+    link, state = running.link, running.state
+    assert link is not None  # wait_ready returned
+    bundle = asked or (None if state.record.get("ui") else settings.ui_bundle)
+    status, body = link.ask("POST", "/_mflocal/ui", {"bundle": bundle})
+    if status == 404:
+        sys.stdout.write(
+            "No UI bundle found (--bundle DIR|ZIP, %sUI_BUNDLE, metaflow-ui*.zip beside the .pyz or in\n"
+            "~/.cache/mflocal). With Docker:\n%s\n" % (ENV_PREFIX, UI_IMAGE % state.url)
+        )
+        return 0
+    if status != 200:
+        raise DaemonError("the daemon refused the bundle: %s" % (_detail(body) or status))
+    url = str(body["url"])
+    sys.stdout.write(url + "\n")
+    sys.stdout.flush()
+    if not args.on("no-open"):
+        import webbrowser
+
+        webbrowser.open(url)
+    return 0
+
+
+def _detail(body: Any) -> str:
+    return str(body.get("detail", "")) if isinstance(body, dict) else ""
+
+
+# -- stop, restart, status, url, logs, serve --
+
+
+def _none_runs(settings: Settings) -> int:
+    complain("no daemon runs for %s" % settings.root)
+    return EXIT_NONE
+
+
+def _stop_daemon(settings: Settings, force: bool) -> Tuple[int, Optional[State]]:
+    """(exit code, the daemon that was stopped or refused to)."""
+    found = find_daemon(settings)
+    if not found:
+        return _stop_silent(settings, force)
+    state, link = found
+    try:
+        status, body = link.ask("POST", "/_mflocal/stop", {"force": force})
+    except (OSError, ValueError) as error:
+        raise DaemonError("the daemon (pid %d) does not answer: %s" % (state.pid, error)) from None
+    finally:
+        link.close()
+    if status == 409:
+        for run in body.get("active_runs", []):
+            complain("active: %s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how")))
+        complain("not stopped, because runs are active; --force stops anyway")
+        return EXIT_REFUSED, state
+    if status != 200:
+        raise DaemonError("the daemon (pid %d) answered %s %s" % (state.pid, status, _detail(body)))
+    if not wait_gone(state, DRAIN_TIMEOUT + CONTROL_TIMEOUT):
+        raise DaemonError("the daemon (pid %d) is still draining" % state.pid)
+    return 0, state
+
+
+def _stop_silent(settings: Settings, force: bool) -> Tuple[int, Optional[State]]:
+    """Nobody answers. If somebody holds the lock, it is draining, starting or stuck."""
+    for directory in state_dirs(settings):
+        if not lock_is_held(directory):
+            continue
+        state = read_state(directory)
+        if state is None:  # draining: its daemon.json is gone
+            deadline = time.monotonic() + DRAIN_TIMEOUT + CONTROL_TIMEOUT
+            while lock_is_held(directory) and read_state(directory) is None:
+                if time.monotonic() > deadline:
+                    raise DaemonError(who_holds(settings))
+                time.sleep(LOCK_POLL)
+            return 0, None
+        if not force:
+            raise DaemonError(who_holds(settings))
+        if not kill_daemon(state) or not wait_gone(state, CONTROL_TIMEOUT):
+            raise DaemonError("cannot end the daemon (pid %d)" % state.pid)
+        state.remove()
+        complain("killed the daemon (pid %d), which did not answer" % state.pid)
+        return 0, state
+    return EXIT_NONE, None
+
+
+def _cmd_stop(args: _Args) -> int:
+    settings = _settings(args)
+    code, state = _stop_daemon(settings, args.on("force"))
+    if code == EXIT_NONE:
+        return _none_runs(settings)
+    if code == 0 and not args.on("quiet"):
+        sys.stdout.write("mflocal stopped%s\n" % (": pid %d, %s" % (state.pid, state.url) if state else ""))
+    return code
+
+
+def _cmd_restart(args: _Args) -> int:
+    settings = _with_bundle(_settings(args))
+    code, state = _stop_daemon(settings, args.on("force"))
+    if code == EXIT_REFUSED:
+        return code
+    if state:  # what nobody asks for anew stays as it was
+        old = _as_started(settings, state)
+        same: Dict[str, Any] = {name: getattr(settings, name) for name in settings.asked if name != "port"}
+        if settings.port:
+            same["port"] = settings.port
+        settings = old._replace(**same, asked=settings.asked)
+    _print_started(settings, wait_ready(ensure(settings)))
+    return 0
+
+
+def _cmd_status(args: _Args) -> int:
+    settings = _settings(args)
+    found = find_daemon(settings)
+    if not found:
+        if args.on("json"):
+            sys.stdout.write(json.dumps({"running": False, "root": settings.root}) + "\n")
+            return EXIT_NONE
+        return _none_runs(settings)
+    try:
+        status, body = found[1].ask("GET", "/_mflocal/status")
+    except (OSError, ValueError) as error:
+        raise DaemonError("the daemon (pid %d) does not answer: %s" % (found[0].pid, error)) from None
+    if status != 200:
+        raise DaemonError("the daemon (pid %d) answered %s %s" % (found[0].pid, status, _detail(body)))
+    if args.on("json"):
+        sys.stdout.write(json.dumps({"running": True, **body}, indent=2) + "\n")
+        return 0
+    left = body["idle_left"]
+    rows = [(name, body[name]) for name in ("pid", "url", "port", "root", "version")]
+    rows.append(("uptime", "%d s" % body["uptime"]))
+    rows.append(("idle stop", "in %.0f s" % left if left is not None else _never(body)))
+    rows.append(("log", body["log"]))
+    rows.append(("active runs", len(body["active_runs"]) or "none"))
+    for run in body["active_runs"]:
+        rows.append(("", "%s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how"))))
+    sys.stdout.write("".join("%-12s %s\n" % row for row in rows))
+    return 0
+
+
+def _never(body: Mapping[str, Any]) -> str:
+    return "not while in use" if body.get("idle_timeout") else "never"
+
+
+def _cmd_url(args: _Args) -> int:
+    settings = _settings(args)
+    found = find_daemon(settings)
+    if not found:
+        return _none_runs(settings)
+    sys.stdout.write(found[0].url + "\n")
+    return 0
+
+
+def _cmd_logs(args: _Args) -> int:
+    settings = _settings(args)
+    paths = [os.path.join(d, LOG_FILE) for d in state_dirs(settings)]
+    path = next((p for p in paths if os.path.exists(p)), paths[0])
+    out = sys.stdout.buffer
+    old = _read_log(path + ".1", 0)[0]
+    text, where = _read_log(path, 0)
+    if not old and not text:
+        complain("there is no log in %s" % os.path.dirname(path))
+    out.write(old + text)
+    out.flush()
+    while args.on("follow"):
+        time.sleep(0.2)
+        inode = where[0]
+        text, where = _read_log(path, where[1], inode)
+        if where[0] != inode:  # rotated: the rest of the old file, then the new one
+            text = _read_log(path + ".1", where[2], inode)[0] + text
+        out.write(text)
+        out.flush()
+    return 0
+
+
+def _read_log(path: str, offset: int, inode: int = 0) -> Tuple[bytes, Tuple[int, int, int]]:
+    """(text from offset, (inode, new offset, the offset asked for)); from 0 if it is another file by now."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return b"", (inode, offset, offset)
+    with open(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return b"", (inode, offset, offset)
+        file.seek(0 if inode and info.st_ino != inode else offset)
+        text = file.read()
+        return text, (info.st_ino, file.tell(), offset)
+
+
+def _cmd_serve(args: _Args) -> int:
+    return serve_here(_with_bundle(_settings(args, idle_timeout="0")))
+
+
+# -- main --
+
+_SERVER = ("root", "port", "host", "idle-timeout", "allow-host", "allow-origin", "bundle", "quiet")
+_COMMANDS: Dict[str, _Command] = {
+    "run": _Command(_cmd_run, (*_SERVER, "heartbeats"), "run CMD with the service in its environment"),
+    "start": _Command(_cmd_start, _SERVER, "start the daemon in the background"),
+    "stop": _Command(_cmd_stop, ("root", "force", "quiet"), "stop it; refused while runs are active"),
+    "restart": _Command(_cmd_restart, (*_SERVER, "force"), "stop, then start on the same port"),
+    "status": _Command(_cmd_status, ("root", "json", "quiet"), "what runs, on which port, which runs are active"),
+    "url": _Command(_cmd_url, ("root", "quiet"), "print the URL"),
+    "env": _Command(_cmd_env, _SERVER, 'print export lines for eval "$(mflocal env)"; starts the daemon'),
+    "logs": _Command(_cmd_logs, ("root", "follow", "quiet"), "print the daemon's log"),
+    "serve": _Command(_cmd_serve, _SERVER, "be the daemon, in the foreground"),
+    "ui": _Command(_cmd_ui, (*_SERVER, "no-open"), "serve the Metaflow UI and open it in the browser"),
+}
+
+
+def _help(name: str = "") -> str:
+    if not name:
+        rows = ["  %-8s %s" % (key, command.help) for key, command in _COMMANDS.items()]
+        text = "usage: mflocal COMMAND [options]\n\n%s\n\nmflocal COMMAND --help tells its options.\n"
+        return text % "\n".join(rows)
+    command = _COMMANDS[name]
+    rows = []
+    for flag in command.flags:
+        kind, _, text = _FLAGS[flag]
+        rows.append("  --%-22s %s" % (("%s %s" % (flag, kind)).strip(), text))
+    usage = "usage: mflocal %s [options]%s" % (name, " CMD..." if name == "run" else "")
+    return "%s\n\n%s\n\n%s\n" % (usage, command.help, "\n".join(rows))
+
+
+def _fill_std() -> None:
+    """Open what a caller has closed of descriptors 0 to 2: pipes and sockets of ours must not land there."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The program: `mflocal COMMAND ...`. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else ""
+    name = _SHORT.get(name, name)
+    if name in ("", "--help", "help", "--version"):
+        sys.stdout.write("mflocal %s\n" % VERSION if name == "--version" else _help())
+        return 0 if name else EXIT_USAGE
+    command = _COMMANDS.get(name)
+    _fill_std()
+    try:
+        if command is None:
+            raise _Usage("unknown command %r; mflocal --help lists them" % name)
+        args = _parse(words[1:], command.flags, name == "run")
+        if args.on("help"):
+            sys.stdout.write(_help(name))
+            return 0
+        code = command.run(args)
+        sys.stdout.flush()
+        return code
+    except (_Usage, SettingsError) as error:
+        complain(str(error))
+        return EXIT_USAGE
+    except DaemonError as error:
+        complain(str(error))
+        return EXIT_DAEMON
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our output left (`mflocal logs | head`). Nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+
+
+def console() -> NoReturn:
+    """Entry point of the console scripts and of the .pyz."""
+    code = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass
+    os._exit(code)  # taking this large module apart would cost 5 ms of every command
+
+
+if __name__ == "__main__":
+    console()

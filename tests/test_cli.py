@@ -1,0 +1,963 @@
+"""The commands and the daemon, with real processes: races, kills, signals, exit codes, idleness."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from conftest import MODULE, Client, clean_env, mflocal
+
+PYTHON = sys.executable
+
+
+def state_of(root: Path) -> dict[str, Any]:
+    return json.loads((root / ".metaflow" / ".mflocal" / "daemon.json").read_text())  # type: ignore[no-any-return]
+
+
+def popen(*args: str, cwd: Path, env: dict[str, str] | None = None, **kwargs: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([PYTHON, str(MODULE), *args], cwd=cwd, env=env or clean_env(), text=True, **kwargs)
+
+
+def start(root: Path, *options: str, **env: str) -> Client:
+    mflocal("start", *options, cwd=root, check=True, env=clean_env(**env))
+    return Client("http://127.0.0.1:%d" % state_of(root)["port"], root)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (a zombie does not)."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def daemons_of(root: Path) -> list[int]:
+    """Every process whose command line says that it is the daemon of `root`."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                words = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"mflocal daemon" in words and os.fsencode(str(root)) in words and alive(int(name)):
+                found.append(int(name))
+    return found
+
+
+def begin_run(client: Client) -> http.client.HTTPConnection:
+    """An unfinished run, alive as long as the connection is open."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(client.url.rpartition(":")[2]), timeout=10)
+    for path in ("/flows/F", "/flows/F/run"):
+        connection.request("POST", path, json.dumps({"user_name": "u", "tags": [], "system_tags": []}))
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        answer.read()
+    return connection
+
+
+# -- start, stop, status, url, env, logs
+
+
+@pytest.mark.core
+def test_the_life_of_a_daemon(project: Path) -> None:
+    none = mflocal("url", cwd=project)
+    assert (none.returncode, none.stdout) == (1, "") and "no daemon runs" in none.stderr
+    assert mflocal("status", cwd=project).returncode == 1
+    assert mflocal("stop", cwd=project).returncode == 1
+    assert not (project / ".metaflow").exists()  # looking makes nothing
+
+    first = mflocal("start", cwd=project, check=True)
+    state = state_of(project)
+    url = "http://127.0.0.1:%d" % state["port"]
+    for text in (f"pid {state['pid']}", url, str(project), f"export METAFLOW_SERVICE_URL={url}\n"):
+        assert text in first.stdout
+    assert "export METAFLOW_DEFAULT_METADATA=service\n" in first.stdout
+    assert f"docker run -p 3000:3000 -e METAFLOW_SERVICE={url}/api netflix/metaflow-ui:latest" in first.stdout
+    again = mflocal("start", cwd=project, check=True)
+    assert "runs already" in again.stdout and f"pid {state['pid']}" in again.stdout
+
+    (project / "deep" / "down").mkdir(parents=True)
+    assert mflocal("url", cwd=project / "deep" / "down", check=True).stdout == url + "\n"
+    told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
+    assert told["running"] and told["pid"] == state["pid"] and told["port"] == state["port"]
+    assert told["url"] == url and told["root"] == str(project) and told["active_runs"] == []
+    assert 295 < told["idle_left"] <= 300 and 0 <= told["uptime"] < 60 and told["version"]
+    text = mflocal("status", cwd=project, check=True).stdout
+    assert re.search(rf"^pid +{state['pid']}$", text, re.M) and re.search(r"^idle stop +in \d+ s$", text, re.M)
+    assert "serves" in mflocal("logs", cwd=project, check=True).stdout
+
+    stopped = mflocal("stop", cwd=project, check=True)
+    assert f"pid {state['pid']}" in stopped.stdout
+    assert not alive(state["pid"])
+    assert mflocal("stop", cwd=project).returncode == 1
+    assert "stopped" in mflocal("logs", cwd=project, check=True).stdout
+
+
+def test_state_is_private(project: Path) -> None:
+    process = popen("start", cwd=project, stdout=subprocess.DEVNULL, umask=0)
+    assert process.wait(30) == 0
+    directory = project / ".metaflow" / ".mflocal"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    for name in ("lock", "daemon.json", "daemon.log"):
+        assert (directory / name).stat().st_mode & 0o777 == 0o600, name
+
+
+def test_env_can_be_evaluated(project: Path) -> None:
+    script = f'eval "$({PYTHON} {MODULE} env --root "$PWD/it\'s")"; env'
+    (project / "it's").mkdir()
+    env = clean_env(NO_PROXY="corp.example", no_proxy="10.0.0.1,corp.example")
+    out = subprocess.run(["sh", "-c", script], cwd=project, env=env, capture_output=True, text=True, check=True)
+    told = dict(line.split("=", 1) for line in out.stdout.splitlines() if "=" in line)
+    root = project / "it's"
+    try:
+        assert told["METAFLOW_SERVICE_URL"] == "http://127.0.0.1:%d" % state_of(root)["port"]
+        assert told["METAFLOW_DEFAULT_METADATA"] == "service"
+        assert told["METAFLOW_DATASTORE_SYSROOT_LOCAL"] == str(root)
+        assert told["METAFLOW_CARD_LOCALROOT"] == str(root / ".metaflow" / "mf.cards")
+        assert told["NO_PROXY"] == told["no_proxy"] == "corp.example,10.0.0.1,127.0.0.1,localhost"
+        assert "METAFLOW_ENABLED_SIDECAR" not in told and "METAFLOW_SERVICE_HEADERS" not in told
+        assert "stops after 300 s without use" in out.stderr
+    finally:
+        mflocal("stop", "--root", str(root), cwd=project)
+
+
+@pytest.mark.core
+def test_twenty_starts_make_one_daemon(project: Path) -> None:
+    starts = [popen("start", cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(20)]
+    outs = [process.communicate(timeout=120) for process in starts]
+    assert [process.returncode for process in starts] == [0] * 20, outs
+    told = {re.search(r"pid (\d+), (\S+),", out).groups() for out, _ in outs}  # type: ignore[union-attr]
+    assert len(told) == 1
+    assert sum("mflocal started" in out for out, _ in outs) == 1
+    assert daemons_of(project) == [int(told.pop()[0])]
+
+
+@pytest.mark.core
+def test_after_kill_9_the_port_is_the_same(project: Path) -> None:
+    start(project)
+    before = state_of(project)
+    os.kill(before["pid"], signal.SIGKILL)
+    wait_for(lambda: not alive(before["pid"]))
+    assert mflocal("url", cwd=project).returncode == 1
+    start(project)
+    after = state_of(project)
+    assert after["port"] == before["port"] and after["instance"] != before["instance"]
+    mflocal("stop", cwd=project, check=True)
+    start(project)
+    assert state_of(project)["port"] == before["port"]
+
+
+def test_the_last_port_if_free(project: Path) -> None:
+    start(project)
+    port = state_of(project)["port"]
+    mflocal("stop", cwd=project, check=True)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        start(project)
+        assert state_of(project)["port"] != port
+
+
+def test_a_taken_port_is_one_line(project: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for command in (["start"], ["serve"], ["run"]):
+            done = mflocal(*command, "--port", str(port), *(["true"] if command == ["run"] else []), cwd=project)
+            assert done.returncode == 3
+            assert re.fullmatch(rf"mflocal: port {port} on 127.0.0.1 is taken .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("command", ["run", "start", "status", "stop", "url", "env", "logs", "serve", "ui"])
+def test_a_malformed_variable_is_one_line(project: Path, command: str) -> None:
+    env = clean_env(METAFLOW_LOCAL_SERVICE_PORT="eighty")
+    done = mflocal(command, *(["true"] if command == "run" else []), cwd=project, env=env)
+    assert done.returncode == 2
+    assert re.fullmatch(r"mflocal: METAFLOW_LOCAL_SERVICE_PORT .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "words", [["fly"], ["start", "--prot", "1"], ["start", "--port"], ["stop", "now"], ["run"], ["url", "--json=1"]]
+)
+def test_wrong_words_are_one_line(project: Path, words: list[str]) -> None:
+    done = mflocal(*words, cwd=project)
+    assert done.returncode == 2 and done.stderr.startswith("mflocal: ") and done.stderr.count("\n") == 1
+
+
+def test_help_and_version(project: Path) -> None:
+    assert "usage: mflocal COMMAND" in mflocal("--help", cwd=project, check=True).stdout
+    for name in ("run", "start", "stop", "restart", "status", "url", "env", "logs", "serve", "ui"):
+        assert f"usage: mflocal {name}" in mflocal(name, "--help", cwd=project, check=True).stdout
+    assert re.fullmatch(r"mflocal \d+\.\d+\.\d+\n", mflocal("--version", cwd=project, check=True).stdout)
+
+
+def test_other_options_name_restart(project: Path) -> None:
+    start(project, "--idle-timeout", "100")
+    done = mflocal("start", "--idle-timeout", "50", cwd=project, check=True)
+    assert "--idle-timeout is 100" in done.stderr and "restart" in done.stderr and done.stderr.count("\n") == 1
+    assert mflocal("start", "--idle-timeout", "100", cwd=project, check=True).stderr == ""
+    port = state_of(project)["port"]
+    mflocal("restart", "--allow-host", "box.example", cwd=project, check=True)
+    options = state_of(project)["options"]
+    assert options["idle_timeout"] == 100 and options["allowed_hosts"] == ["box.example"]
+    assert state_of(project)["port"] == port
+    mflocal("restart", "--idle-timeout", "50", cwd=project, check=True)
+    options = state_of(project)["options"]
+    assert options["idle_timeout"] == 50 and options["allowed_hosts"] == ["box.example"]
+
+
+def test_stop_is_refused_while_runs_are_active(project: Path) -> None:
+    client = start(project)
+    connection = begin_run(client)
+    run = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)["active_runs"][0]
+    assert run["flow_id"] == "F" and run["how"] == "connection"
+    for command in ("stop", "restart"):
+        refused = mflocal(command, cwd=project)
+        assert refused.returncode == 4
+        assert f"F/{run['run_number']}" in refused.stderr and "--force" in refused.stderr
+    assert mflocal("url", cwd=project).returncode == 0
+    assert mflocal("stop", "--force", cwd=project).returncode == 0
+    connection.close()
+
+
+def test_start_during_a_drain_waits(project: Path) -> None:
+    client = start(project)
+    before = state_of(project)
+    slow = socket.create_connection(("127.0.0.1", before["port"]))
+    slow.sendall(b"POST /flows/F HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{")
+    time.sleep(0.2)
+    os.kill(before["pid"], signal.SIGTERM)
+    wait_for(lambda: not (project / ".metaflow/.mflocal/daemon.json").exists())
+    starter = popen("start", cwd=project, stdout=subprocess.PIPE)
+    time.sleep(0.6)
+    assert starter.poll() is None and alive(before["pid"])
+    slow.sendall(b"}")
+    assert b"HTTP/1.1 " in slow.recv(4096)
+    slow.close()
+    assert starter.wait(20) == 0
+    starter.communicate()
+    after = state_of(project)
+    assert after["pid"] != before["pid"] and after["port"] == before["port"]
+    assert daemons_of(project) == [after["pid"]]
+    assert client("GET", "/ping").status == 200
+
+
+def test_a_second_signal_stops_at_once(project: Path) -> None:
+    start(project)
+    state = state_of(project)
+    slow = socket.create_connection(("127.0.0.1", state["port"]))
+    slow.sendall(b"POST /flows/F HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{")
+    time.sleep(0.2)
+    os.kill(state["pid"], signal.SIGTERM)
+    time.sleep(0.5)
+    assert alive(state["pid"])
+    os.kill(state["pid"], signal.SIGTERM)
+    wait_for(lambda: not alive(state["pid"]), 2)
+    slow.close()
+
+
+def test_sighup_is_ignored(project: Path) -> None:
+    client = start(project)
+    os.kill(state_of(project)["pid"], signal.SIGHUP)
+    time.sleep(0.2)
+    assert client("GET", "/ping").status == 200
+
+
+def test_the_daemon_holds_nobody_elses_pipes(project: Path) -> None:
+    """A CI step waits for the end of its pipes: the daemon must not keep them."""
+    reader, writer = os.pipe()
+    done = popen("start", cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(writer,))
+    os.close(writer)
+    out, _ = done.communicate(timeout=30)
+    assert "mflocal started" in out
+    os.set_blocking(reader, False)
+    assert wait_for(lambda: read_end(reader), 5)
+    pid = state_of(project)["pid"]
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.getsid(pid) == pid
+    env = Path(f"/proc/{pid}/environ").read_bytes()
+    assert b"METAFLOW_" not in env
+    os.close(reader)
+
+
+def read_end(fd: int) -> bool:
+    try:
+        return os.read(fd, 1) == b""
+    except BlockingIOError:
+        return False
+
+
+def test_client_settings_do_not_reach_the_daemon(project: Path) -> None:
+    start(project, METAFLOW_SERVICE_URL="http://elsewhere", METAFLOW_DEFAULT_METADATA="service")
+    assert b"METAFLOW_" not in Path(f"/proc/{state_of(project)['pid']}/environ").read_bytes()
+
+
+def test_closed_standard_streams(project: Path) -> None:
+    script = f"{PYTHON} {MODULE} run -q {PYTHON} -c 'print(1)' <&- 2>&-"
+    done = subprocess.run(["sh", "-c", script], cwd=project, env=clean_env(), stdout=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"1\n")
+
+
+# -- idleness
+
+
+def test_idles_out_within_a_second(project: Path) -> None:
+    client = start(project, "--idle-timeout", "2")
+    pid = state_of(project)["pid"]
+    client.get("/flows")
+    used = time.monotonic()
+    time.sleep(1)
+    client("GET", "/ping")  # is no use
+    mflocal("status", cwd=project)  # neither
+    wait_for(lambda: not alive(pid), 6)
+    assert 1.9 < time.monotonic() - used < 3.3
+    assert not (project / ".metaflow/.mflocal/daemon.json").exists()
+    assert "idle for 2 s" in mflocal("logs", cwd=project).stdout
+
+
+def test_no_idle_stop_under_a_living_run(project: Path) -> None:
+    began = time.monotonic()
+    done = mflocal("run", "--idle-timeout", "1", "sleep", "3", cwd=project)
+    assert done.returncode == 0, done.stderr
+    pid = state_of(project)["pid"]
+    assert alive(pid) and time.monotonic() - began >= 3
+    ended = time.monotonic()
+    wait_for(lambda: not alive(pid), 5)
+    assert time.monotonic() - ended < 2.3
+
+
+def test_the_lease_ends_with_the_wrapper(project: Path) -> None:
+    wrapper = popen("run", "-q", "--idle-timeout", "1", "sleep", "30", cwd=project)
+    pid = wait_for(lambda: daemons_of(project))[0]
+    time.sleep(2)
+    assert alive(pid)
+    child = wait_for(lambda: children_of(wrapper.pid))
+    wrapper.kill()
+    wrapper.wait()
+    wait_for(lambda: not alive(pid), 5)
+    for process in child:
+        if process != pid:
+            os.kill(process, signal.SIGKILL)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# -- run
+
+
+@pytest.mark.core
+def test_run_hands_through(project: Path) -> None:
+    code = "import sys; print(sys.stdin.read().upper()); sys.stderr.write('err'); sys.exit(7)"
+    done = mflocal("run", PYTHON, "-c", code, "--port", "x", cwd=project, input="abc")
+    state = state_of(project)
+    line = "mflocal: http://127.0.0.1:%d, root %s, started, pid %d\n" % (state["port"], project, state["pid"])
+    assert (done.returncode, done.stdout, done.stderr) == (7, "ABC\n", line + "err")
+    again = mflocal("run", "true", cwd=project)
+    assert again.returncode == 0 and again.stderr == line.replace("started", "reused")
+    assert mflocal("run", "-q", "--", "true", cwd=project).stderr == ""
+
+
+@pytest.mark.core
+def test_exit_codes(project: Path) -> None:
+    assert mflocal("run", "-q", "sh", "-c", "kill -TERM $$", cwd=project).returncode == 128 + signal.SIGTERM
+    assert mflocal("run", "-q", "sh", "-c", "kill -KILL $$", cwd=project).returncode == 128 + signal.SIGKILL
+    missing = mflocal("run", "-q", "no-such-command", cwd=project)
+    assert missing.returncode == 127 and "no-such-command" in missing.stderr
+    (project / "plain").write_text("text")
+    assert mflocal("run", "-q", "./plain", cwd=project).returncode == 126
+    assert mflocal("run", "-q", ".", cwd=project).returncode == 126
+
+
+@pytest.mark.core
+def test_the_environment_of_the_command(project: Path) -> None:
+    code = "import os, json; print(json.dumps(dict(os.environ)))"
+    home = project / "home"
+    home.mkdir()
+    (home / "config.json").write_text(json.dumps({"METAFLOW_SERVICE_HEADERS": {"x-mine": "1"}}))
+    env = clean_env(METAFLOW_HOME=str(home), METAFLOW_SERVICE_URL="http://prod.example", https_proxy="http://p:1")
+    done = mflocal("run", PYTHON, "-c", code, cwd=project, env=env)
+    told = json.loads(done.stdout)
+    assert told["METAFLOW_SERVICE_URL"] == "http://127.0.0.1:%d" % state_of(project)["port"]
+    assert told["METAFLOW_DEFAULT_METADATA"] == "service"
+    assert told["METAFLOW_ENABLED_SIDECAR"] == ""
+    headers = json.loads(told["METAFLOW_SERVICE_HEADERS"])
+    assert headers["x-mine"] == "1" and re.fullmatch("[0-9a-f]{16}", headers["x-mflocal-lease"])
+    assert told["NO_PROXY"] == told["no_proxy"] == "127.0.0.1,localhost"
+    added = {key for key in told if told[key] != env.get(key)} - {"PWD", "OLDPWD", "_", "SHLVL", "LC_CTYPE"}
+    assert added == {
+        "METAFLOW_SERVICE_URL", "METAFLOW_DEFAULT_METADATA", "METAFLOW_ENABLED_SIDECAR",
+        "METAFLOW_SERVICE_HEADERS", "NO_PROXY", "no_proxy",
+    }  # fmt: skip
+    assert "overrides METAFLOW_SERVICE_URL=http://prod.example" in done.stderr
+    done = mflocal("run", "true", cwd=project, env=clean_env(METAFLOW_DEFAULT_DATASTORE="s3"))
+    assert "default datastore s3 is not local" in done.stderr
+    bad = mflocal("run", "true", cwd=project, env=clean_env(METAFLOW_SERVICE_HEADERS="{"))
+    assert bad.returncode == 2 and "METAFLOW_SERVICE_HEADERS" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "expected"),
+    [
+        ([], {}, ""),
+        (["--heartbeats", "sidecar"], {}, None),
+        ([], {"METAFLOW_LOCAL_SERVICE_HEARTBEATS": "sidecar"}, None),
+        ([], {"METAFLOW_ENABLED_SIDECAR": "save_logs_periodically"}, "save_logs_periodically"),
+        (["--heartbeats", "connection"], {"PYTHONPATH": "ext"}, ""),
+        ([], {"PYTHONPATH": "ext"}, None),
+        (["--heartbeats", "auto"], {"PYTHONPATH": "other"}, ""),
+    ],
+)
+def test_sidecars(project: Path, options: list[str], env: dict[str, str], expected: str | None) -> None:
+    (project / "ext/metaflow_extensions/org/plugins").mkdir(parents=True)
+    (project / "other/metaflow_extensions/org/config").mkdir(parents=True)
+    code = "import os, json; print(json.dumps(os.environ.get('METAFLOW_ENABLED_SIDECAR')))"
+    done = mflocal("run", *options, PYTHON, "-c", code, cwd=project, env=clean_env(**env))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
+
+
+def test_an_unknown_command_keeps_its_sidecars(project: Path) -> None:
+    done = mflocal("run", "sh", "-c", "echo ${METAFLOW_ENABLED_SIDECAR-unset}", cwd=project)
+    assert done.stdout == "unset\n"
+
+
+def test_explicit_root_moves_everything(project: Path) -> None:
+    (project / "data").mkdir()
+    code = "import os; e = os.environ.get; print(e('METAFLOW_DATASTORE_SYSROOT_LOCAL'), e('METAFLOW_CARD_LOCALROOT'))"
+    try:
+        done = mflocal("run", "--root", "data", PYTHON, "-c", code, cwd=project)
+        assert done.stdout.split() == [str(project / "data"), str(project / "data/.metaflow/mf.cards")]
+        env = clean_env(METAFLOW_DATASTORE_SYSROOT_LOCAL="/mine", METAFLOW_CARD_LOCALROOT="/cards")
+        done = mflocal("run", "--root", "data", PYTHON, "-c", code, cwd=project, env=env)
+        assert done.stdout.split() == ["/mine", "/cards"]
+    finally:
+        mflocal("stop", "--root", "data", cwd=project)
+    assert not (project / ".metaflow").exists()
+
+
+def test_the_command_inherits_neither_lock_nor_socket(project: Path) -> None:
+    code = "import os; print([os.readlink('/proc/self/fd/' + n) for n in os.listdir('/proc/self/fd') if int(n) > 2])"
+    for _ in range(2):  # started, reused
+        out = mflocal("run", "-q", PYTHON, "-c", code, cwd=project, check=True).stdout
+        assert "socket" not in out and ".mflocal" not in out and "pipe" not in out
+
+
+@pytest.mark.core
+def test_ctrl_c_is_the_commands(project: Path) -> None:
+    code = "import time\ntry:\n print('up', flush=True); time.sleep(30)\nexcept KeyboardInterrupt:\n raise SystemExit(5)"
+    wrapper = popen("run", "-q", PYTHON, "-c", code, cwd=project, stdout=subprocess.PIPE, start_new_session=True)
+    assert wrapper.stdout and wrapper.stdout.readline() == "up\n"
+    os.killpg(wrapper.pid, signal.SIGINT)
+    assert wrapper.wait(10) == 5
+    wrapper.stdout.close()
+    assert mflocal("url", cwd=project).returncode == 0  # the daemon has a session of its own
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_forwarded(project: Path, number: signal.Signals) -> None:
+    code = (
+        "import signal, sys, time\n"
+        f"signal.signal({int(number)}, lambda *a: sys.exit(9))\n"
+        "print('up', flush=True)\ntime.sleep(30)"
+    )
+    wrapper = popen("run", "-q", PYTHON, "-c", code, cwd=project, stdout=subprocess.PIPE)
+    assert wrapper.stdout and wrapper.stdout.readline() == "up\n"
+    wrapper.send_signal(number)
+    assert wrapper.wait(10) == 9
+    wrapper.stdout.close()
+
+
+def test_a_terminal_passes_through(project: Path) -> None:
+    import pty
+
+    code = "import os; print(os.isatty(0), os.isatty(1), os.getpgrp() == os.tcgetpgrp(0))"
+    master, slave = pty.openpty()
+    script = (
+        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        "os.execv(sys.executable, [sys.executable] + sys.argv[1:])"
+    )
+    command = [PYTHON, "-c", script, str(MODULE), "run", "-q", PYTHON, "-c", code]
+    process = subprocess.Popen(command, cwd=project, env=clean_env(), stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    assert process.wait(30) == 0
+    assert os.read(master, 4096).split() == [b"True", b"True", b"True"]
+    os.close(master)
+
+
+@pytest.mark.core
+def test_a_daemon_that_dies_under_a_run_comes_back(project: Path) -> None:
+    wrapper = popen("run", "sleep", "8", cwd=project, stderr=subprocess.PIPE)
+    first = wait_for(lambda: read_state(project))
+    for _ in range(2):
+        before = state_of(project)
+        os.kill(before["pid"], signal.SIGKILL)
+        after = wait_for(lambda: changed(project, before["instance"]), 5)  # noqa: B023
+        assert after["port"] == first["port"]
+        wait_for(lambda: state_of(project)["state"] == "ready")
+        time.sleep(0.3)
+    assert len(daemons_of(project)) == 1
+    _, err = wrapper.communicate(timeout=20)
+    assert wrapper.returncode == 0 and err.count("started it again") == 2
+
+
+def read_state(root: Path) -> dict[str, Any] | None:
+    try:
+        state = state_of(root)
+    except (OSError, ValueError):
+        return None
+    return state if state["state"] == "ready" else None
+
+
+def changed(root: Path, instance: str) -> dict[str, Any] | None:
+    state = read_state(root)
+    return state if state and state["instance"] != instance else None
+
+
+def test_not_more_than_three_times_a_minute(project: Path) -> None:
+    wrapper = popen("run", "-q", "sleep", "30", cwd=project)
+    try:
+        instance = wait_for(lambda: read_state(project))["instance"]
+        for _ in range(3):
+            os.kill(state_of(project)["pid"], signal.SIGKILL)
+            instance = wait_for(lambda: changed(project, instance))["instance"]  # noqa: B023
+            time.sleep(0.2)
+        os.kill(state_of(project)["pid"], signal.SIGKILL)
+        time.sleep(2)
+        assert state_of(project)["instance"] == instance and daemons_of(project) == []
+        assert wrapper.poll() is None
+    finally:
+        wrapper.terminate()
+        wrapper.wait()
+
+
+def test_a_stopped_daemon_stays_away_and_a_restarted_one_is_adopted(project: Path) -> None:
+    wrapper = popen("run", "-q", "--idle-timeout", "2", "sleep", "9", cwd=project)
+    wait_for(lambda: read_state(project))
+    mflocal("restart", cwd=project, check=True)
+    after = state_of(project)["pid"]
+    time.sleep(4)
+    assert alive(after), "the wrapper did not take a lease on the new daemon"
+    mflocal("stop", cwd=project, check=True)
+    time.sleep(1)
+    assert daemons_of(project) == []
+    assert wrapper.wait(20) == 0
+
+
+def test_a_daemon_that_cannot_start_ends_the_command(project: Path) -> None:
+    bundle = project / "bundle.zip"
+    bundle.write_bytes(b"PK\3\4 but not really")
+    began = time.monotonic()
+    done = mflocal("run", "-q", "--bundle", str(bundle), "sleep", "20", cwd=project)
+    assert done.returncode == 3 and time.monotonic() - began < 8
+    assert "could not start" in done.stderr and "bundle.zip" in done.stderr
+    stubborn = "trap '' TERM; echo up; sleep 20 & wait; sleep 20"
+    began = time.monotonic()
+    done = mflocal("run", "-q", "--bundle", str(bundle), "sh", "-c", stubborn, cwd=project)
+    assert done.returncode == 3 and time.monotonic() - began < 15
+    done = mflocal("start", "--bundle", str(bundle), cwd=project)
+    assert done.returncode == 3 and "bundle.zip" in done.stderr
+    assert daemons_of(project) == []
+
+
+def test_the_wrapper_does_not_poll(project: Path) -> None:
+    wrapper = popen("run", "-q", "sleep", "5", cwd=project)
+    wait_for(lambda: read_state(project))
+    time.sleep(1)
+    before = switches(wrapper.pid)
+    time.sleep(2)
+    assert switches(wrapper.pid) - before <= 1
+    wrapper.wait()
+
+
+def switches(pid: int) -> int:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(n) for n in re.findall(r"ctxt_switches:\s+(\d+)", text))
+
+
+# -- trust
+
+
+def test_control_routes_need_the_token(project: Path) -> None:
+    client = start(project)
+    state = state_of(project)
+    assert client.get("/_mflocal/id") == {"instance": state["instance"]}
+    for method, path in (("GET", "status"), ("POST", "stop"), ("POST", "lease"), ("POST", "ui")):
+        body = {"lease": "a", "force": True} if method == "POST" else None
+        assert client(method, "/_mflocal/" + path, body).status == 403
+        assert client(method, "/_mflocal/" + path, body, {"x-mflocal-token": "0" * 48}).status == 403
+    assert client("GET", "/_mflocal/status", None, {"x-mflocal-token": state["token"]}).status == 200
+    assert alive(state["pid"])
+
+
+class Impostor(threading.Thread):
+    """A server that says yes to everything, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port = self.server.getsockname()[1]
+        self.heard = b""
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            try:
+                connection, _ = self.server.accept()
+                self.heard += connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{\"instance\": \"x\"}")
+                connection.close()
+            except OSError:
+                return
+
+
+@pytest.mark.parametrize("how", ["wrong instance", "readable", "link", "schema", "half", "directory"])
+def test_a_planted_daemon_json_is_not_believed(project: Path, how: str) -> None:
+    start(project)
+    state = state_of(project)
+    mflocal("stop", cwd=project, check=True)
+    impostor = Impostor()
+    path = project / ".metaflow/.mflocal/daemon.json"
+    state.update(port=impostor.port, pid=os.getpid(), instance="right" if how == "wrong instance" else "x")
+    state["schema"] = 99 if how == "schema" else state["schema"]
+    text = json.dumps(state)
+    target = project / "planted.json" if how == "link" else path
+    if how == "directory":
+        path.mkdir()
+    else:
+        target.write_text(text[:-9] if how == "half" else text)
+        target.chmod(0o644 if how == "readable" else 0o600)
+    if how == "link":
+        path.symlink_to(target)
+    assert mflocal("url", cwd=project).returncode == 1
+    assert mflocal("stop", "--force", cwd=project).returncode == 1
+    assert state["token"].encode() not in impostor.heard
+    done = mflocal("start", cwd=project)
+    if how == "directory":
+        assert done.returncode == 3 and done.stderr.count("\n") == 1
+        path.rmdir()
+    else:
+        assert done.returncode == 0 and state_of(project)["port"] != impostor.port
+    if how == "link":
+        assert json.loads(target.read_text())["port"] == impostor.port  # not written through
+    impostor.server.close()
+
+
+@pytest.mark.parametrize("name", ["", "lock", "daemon.log"])
+def test_links_in_place_of_state_are_refused(project: Path, name: str) -> None:
+    victim = project / "victim"
+    directory = project / ".metaflow" / ".mflocal"
+    if name:
+        victim.write_text("mine")
+        directory.mkdir(parents=True)
+        (directory / name).symlink_to(victim)
+    else:
+        victim.mkdir()
+        directory.parent.mkdir()
+        directory.symlink_to(victim)
+    done = mflocal("start", cwd=project)
+    assert done.returncode == 3 and ".mflocal" in done.stderr and done.stderr.count("\n") == 1
+    assert (victim.read_text() == "mine") if name else (list(victim.iterdir()) == [])
+
+
+def test_a_vanished_root_ends_the_daemon(project: Path) -> None:
+    start(project)
+    pid = state_of(project)["pid"]
+    shutil.rmtree(project / ".metaflow")
+    wait_for(lambda: not alive(pid), 5)
+    assert not (project / ".metaflow").exists()
+
+
+def test_a_successors_state_is_left_alone(project: Path) -> None:
+    start(project)
+    state = state_of(project)
+    path = project / ".metaflow/.mflocal/daemon.json"
+    other = path.with_name("new")
+    other.write_text(json.dumps({**state, "instance": "another"}))
+    other.chmod(0o600)
+    other.replace(path)
+    wait_for(lambda: not alive(state["pid"]), 5)
+    assert json.loads(path.read_text())["instance"] == "another"
+    path.unlink()
+
+
+def test_a_stuck_daemon_can_be_killed(project: Path) -> None:
+    start(project)
+    pid = state_of(project)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        done = mflocal("stop", cwd=project)
+        assert done.returncode == 3 and f"pid {pid}" in done.stderr and "--force" in done.stderr
+        assert mflocal("stop", "--force", cwd=project).returncode == 0
+        assert not alive(pid)
+    finally:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def foreign_python() -> str:
+    """A Python that user `nobody` can run, if we are root."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    for path in ("/usr/bin/python3", "/usr/local/bin/python3"):
+        if os.path.exists(path) and subprocess.run([path, "-c", "pass"], user=65534).returncode == 0:
+            return path
+    pytest.skip("no Python that other users can run")
+
+
+def test_a_read_only_store_is_one_line(project: Path) -> None:
+    (project / ".metaflow").mkdir()
+    python, extra = PYTHON, {}
+    if os.geteuid() == 0:
+        python, extra = foreign_python(), {"user": 65534}
+        for parent in (project, *project.parents):
+            parent.chmod(parent.stat().st_mode | 0o005)
+    module = project / "mflocal.py"
+    module.write_bytes(MODULE.read_bytes())
+    (project / ".metaflow").chmod(0o555)
+    for command in (["start"], ["run", "true"], ["serve"]):
+        done = subprocess.run(
+            [python, str(module), *command], cwd=project, env=clean_env(), capture_output=True, text=True, **extra
+        )  # type: ignore[call-overload]
+        assert done.returncode == 3, done.stderr
+        assert re.fullmatch(r"mflocal: cannot .*\.metaflow.*\n", done.stderr)
+    (project / ".metaflow").chmod(0o755)
+
+
+def test_another_users_daemon_is_left_alone(project: Path) -> None:
+    python = foreign_python()
+    client = start(project)
+    for parent in (project, *project.parents):
+        parent.chmod(parent.stat().st_mode | 0o005)
+    module = project / "mflocal.py"
+    module.write_bytes(MODULE.read_bytes())
+    for command, code in (("url", 1), ("stop", 1), ("start", 3)):
+        done = subprocess.run(
+            [python, str(module), command], cwd=project, env=clean_env(), capture_output=True, text=True, user=65534
+        )
+        assert done.returncode == code, done.stderr
+    assert client("GET", "/ping").status == 200
+
+
+NO_FLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+int flock(int fd, int operation) {
+    char name[64], path[4096];
+    snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+    long n = readlink(name, path, sizeof path - 1);
+    path[n > 0 ? n : 0] = 0;
+    if (strstr(path, "/.mflocal/")) {
+        const char *how = getenv("TEST_FLOCK");
+        if (how && !strcmp(how, "lies")) return 0;
+        errno = ENOLCK;
+        return -1;
+    }
+    int (*real)(int, int) = dlsym(RTLD_NEXT, "flock");
+    return real(fd, operation);
+}
+"""
+
+
+@pytest.mark.parametrize("how", ["fails", "lies"])
+def test_a_file_system_without_locks(project: Path, tmp_path: Path, how: str) -> None:
+    compiler = shutil.which("cc")
+    if not compiler or sys.platform != "linux":
+        pytest.skip("needs a C compiler on Linux")
+    (tmp_path / "no_flock.c").write_text(NO_FLOCK)
+    library = tmp_path / "no_flock.so"
+    build = [compiler, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "no_flock.c"), "-ldl"]
+    if subprocess.run(build).returncode:
+        pytest.skip("the C compiler does not work")
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    env = clean_env(LD_PRELOAD=str(library), TEST_FLOCK=how, XDG_RUNTIME_DIR=str(runtime))
+    starts = [
+        popen("start", cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    outs = [process.communicate(timeout=60) for process in starts]
+    assert [process.returncode for process in starts] == [0] * 4, outs
+    assert sum(str(runtime) in err for _, err in outs) == 1
+    assert len(daemons_of(project)) == 1
+    assert mflocal("url", cwd=project, env=env).returncode == 0
+    assert mflocal("stop", cwd=project, env=env).returncode == 0
+    assert daemons_of(project) == []
+
+
+# -- serve, logs, ui
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve(project: Path, number: signal.Signals) -> None:
+    process = popen("serve", cwd=project, stderr=subprocess.PIPE)
+    wait_for(lambda: read_state(project))
+    told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
+    assert told["pid"] == process.pid and told["idle_timeout"] == 0 and told["idle_left"] is None
+    second = mflocal("serve", cwd=project)
+    assert second.returncode == 3 and f"pid {process.pid}" in second.stderr
+    assert "runs already" in mflocal("start", cwd=project, check=True).stdout
+    process.send_signal(number)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 0 and "serves" in err and "stopped" in err
+    assert not (project / ".metaflow/.mflocal/daemon.json").exists()
+
+
+def test_the_log_rotates(project: Path) -> None:
+    directory = project / ".metaflow" / ".mflocal"
+    directory.mkdir(parents=True)
+    log = directory / "daemon.log"
+    log.write_bytes(b"old\n" + b"x" * (1 << 20))
+    log.chmod(0o600)
+    start(project)
+    old = log.with_name("daemon.log.1")
+    assert wait_for(old.exists) and old.read_bytes().startswith(b"old\n")
+    assert log.stat().st_size < 10_000 and log.stat().st_mode & 0o777 == 0o600
+    out = mflocal("logs", cwd=project, check=True).stdout
+    assert out.startswith("old\n") and "serves" in out
+    assert sorted(p.name for p in directory.glob("daemon.log*")) == ["daemon.log", "daemon.log.1"]
+
+
+def test_logs_follow(project: Path) -> None:
+    start(project)
+    follower = popen("logs", "-f", cwd=project, stdout=subprocess.PIPE)
+    assert follower.stdout and "serves" in follower.stdout.readline()
+    mflocal("stop", cwd=project, check=True)
+    assert "stopping" in follower.stdout.readline()
+    follower.send_signal(signal.SIGINT)
+    assert follower.wait(10) == 130
+    follower.stdout.close()
+
+
+def test_ui_without_a_bundle(project: Path) -> None:
+    done = mflocal("ui", "--no-open", cwd=project, env=clean_env(HOME=str(project)), check=True)
+    assert "docker run -p 3000:3000 -e METAFLOW_SERVICE=http://127.0.0.1:" in done.stdout
+
+
+def make_bundle(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "index.html").write_text("<title>the UI</title>")
+    return folder
+
+
+def test_ui_with_a_bundle(project: Path) -> None:
+    start(project)
+    bundle = make_bundle(project / "bundle")
+    done = mflocal("ui", "--no-open", "--bundle", str(bundle), cwd=project, check=True)
+    url = "http://127.0.0.1:%d/" % state_of(project)["port"]
+    assert done.stdout == url + "\n" and done.stderr == ""
+    assert "the UI" in str(Client(url[:-1], project)("GET", "/").body)
+    env = mflocal("run", "-q", "sh", "-c", "echo $METAFLOW_UI_URL", cwd=project).stdout
+    assert env == url[:-1] + "\n"
+    bad = mflocal("ui", "--no-open", "--bundle", str(project), cwd=project)
+    assert bad.returncode == 2 and "index.html" in bad.stderr
+
+
+def test_ui_with_a_key(project: Path) -> None:
+    bundle = make_bundle(project / "bundle")
+    env = clean_env(METAFLOW_LOCAL_SERVICE_AUTH_KEY="s3cret", METAFLOW_LOCAL_SERVICE_UI_BUNDLE=str(bundle))
+    url = mflocal("ui", "--no-open", cwd=project, env=env, check=True).stdout.strip()
+    assert "s3cret" not in url
+    host, port = url.split("/")[2].split(":")
+
+    def get(path: str, **headers: str) -> tuple[int, Any, bytes]:
+        connection = http.client.HTTPConnection(host, int(port), timeout=10)
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+    assert get("/flows")[0] == 401
+    status, headers, _ = get(url[url.index("/_mflocal") :])
+    assert status == 303 and headers["Location"] == "/"
+    assert "HttpOnly" in headers["Set-Cookie"] and "SameSite=Strict" in headers["Set-Cookie"]
+    cookie = headers["Set-Cookie"].split(";")[0]
+    assert get("/flows", Cookie=cookie)[0] == 200
+    assert get("/", Cookie=cookie)[0] == 200
+    assert get(url[url.index("/_mflocal") :])[0] == 403  # once
+    told = mflocal("run", "-q", "sh", "-c", "echo $METAFLOW_SERVICE_AUTH_KEY", cwd=project, check=True)
+    assert told.stdout == "s3cret\n"
+
+
+# -- which Python would run the command
+
+
+def test_extensions_are_found_without_running_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mflocal as module
+
+    venv = tmp_path / "venv"
+    site = venv / "lib/python3.12/site-packages"
+    site.mkdir(parents=True)
+    (venv / "bin").mkdir()
+    (venv / "bin/python").write_bytes(b"\x7fELF")
+    (venv / "bin/python").chmod(0o755)
+    (venv / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    tool = venv / "bin/tool"
+    tool.write_text(f"#!{venv}/bin/python\n")
+    tool.chmod(0o755)
+    long_tool = venv / "bin/long"
+    long_tool.write_text(f"#!/bin/sh\n'''exec' \"{venv}/bin/python\" \"$0\" \"$@\"\n' '''\n")
+    long_tool.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    commands = [[str(venv / "bin" / name), "flow.py", "run"] for name in ("python", "tool", "long")]
+    for command in commands:
+        assert module.has_extensions(command) is False
+    elsewhere = tmp_path / "src"
+    (elsewhere / "metaflow_extensions/org/plugins").mkdir(parents=True)
+    (site / "x.pth").write_text(f"import os\n# no\n{elsewhere}\n")
+    for command in commands:
+        assert module.has_extensions(command) is True
+    (site / "x.pth").unlink()
+    (site / "__editable___org_finder.py").write_text("MAPPING = {'metaflow_extensions.org': '/x'}")
+    assert module.has_extensions(commands[0]) is True
+    (site / "__editable___org_finder.py").unlink()
+    (tmp_path / "flows/metaflow_extensions/org/plugins").mkdir(parents=True)
+    assert module.has_extensions([commands[0][0], "flows/flow.py"]) is True
+    assert module.has_extensions(["sh", "-c", "x"]) is None
+    assert module.has_extensions(["no-such-command"]) is None
+
+
+def test_a_version_managers_python_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mflocal as module
+
+    shim = tmp_path / "python"
+    shim.write_text(f'#!/bin/sh\nexec "{PYTHON}" "$@"\n')
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert module.has_extensions(["python", "flow.py"]) is False
+    (tmp_path / "ext/metaflow_extensions/org/plugins").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "ext"))
+    assert module.has_extensions(["python", "flow.py"]) is True

@@ -1,0 +1,109 @@
+"""The contract of the one module: sections in order, each using only what stands above it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.structural
+
+REPO = Path(__file__).resolve().parent.parent
+SOURCE = (REPO / "mflocal.py").read_text()
+TREE = ast.parse(SOURCE)
+HEADER = re.compile(r"^# ---- (\d+)\. (.+) ----$", re.M)
+SECTIONS = [(int(m.group(1)), m.group(2), SOURCE.count("\n", 0, m.start()) + 1) for m in HEADER.finditer(SOURCE)]
+TITLES = [
+    "Settings", "Records", "Store", "Liveness", "Status", "Query", "Datastore readers", "HTTP", "WebSocket",
+    "Router", "Metadata API", "Subscriptions", "UI API", "Server", "Daemon", "CLI",
+]  # fmt: skip
+
+
+def section_of(line: int) -> int:
+    """The number of the section that a line belongs to, 0 above the first."""
+    return max((number for number, _, start in SECTIONS if start <= line), default=0)
+
+
+def defined() -> dict[str, int]:
+    """Every name that the module defines at its top level, and the section that does."""
+    found: dict[str, int] = {}
+    for node in TREE.body:
+        names: list[str] = []
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        for name in names:
+            found.setdefault(name, section_of(node.lineno))
+    return found
+
+
+def test_all_sections_are_there_in_order() -> None:
+    assert [number for number, _, _ in SECTIONS] == list(range(1, len(TITLES) + 1))
+    for (_, title, _), expected in zip(SECTIONS, TITLES):
+        assert title.lower().startswith(expected.lower()), title
+
+
+def test_a_section_uses_only_sections_above_it() -> None:
+    where = defined()
+    wrong = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name) and node.id in where and where[node.id] > section_of(node.lineno):
+            wrong.add(f"section {section_of(node.lineno)} line {node.lineno} uses {node.id} of {where[node.id]}")
+    assert not wrong
+
+
+def test_private_names_stay_in_their_section() -> None:
+    where = defined()
+    wrong = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name) and node.id.startswith("_") and node.id in where:
+            if where[node.id] != section_of(node.lineno):
+                wrong.add(f"line {node.lineno} uses {node.id} of section {where[node.id]}")
+    assert not wrong
+
+
+def test_nothing_is_imported_but_the_standard_library() -> None:
+    known = getattr(sys, "stdlib_module_names", None)
+    if known is None:
+        pytest.skip("this Python does not list its standard library")
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            assert {alias.name.partition(".")[0] for alias in node.names} <= known, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and (node.module or "").partition(".")[0] in known, node.lineno
+
+
+def test_commands_do_not_import_what_only_the_daemon_needs() -> None:
+    code = "import sys, mflocal; print(*sorted({'asyncio', 'ssl', 'http', 'pickle', 'subprocess'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_functions_are_short_and_public_ones_documented() -> None:
+    wrong = []
+    for node in ast.walk(TREE):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            if length > 60:
+                wrong.append(f"{node.name} has {length} lines")
+            if not node.name.startswith("_") and length > 6 and ast.get_docstring(node) is None:
+                wrong.append(f"{node.name} has no docstring")
+    assert not wrong
+
+
+def test_the_top_level_has_nothing_else() -> None:
+    allowed = {
+        "pyproject.toml", "README.md", "mflocal.py", "build.py", "tests", "docs", "dist", "LICENSE", "CHANGELOG.md",
+    }  # fmt: skip
+    listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    tops = {line.partition("/")[0] for line in listed.stdout.splitlines()}
+    assert {top for top in tops if not top.startswith(".")} <= allowed
