@@ -352,12 +352,12 @@ class ClientConfig:
 
 
 def _json_file(path: str) -> Mapping[str, Any]:
-    """The JSON object in a file, {} if there is no such file."""
+    """The JSON object in a file, {} if there is none that we can see (as for Metaflow)."""
+    if not os.path.exists(path):
+        return {}
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError("cannot read Metaflow's configuration %s: %s" % (path, error)) from None
     if not isinstance(value, dict):
@@ -2039,12 +2039,9 @@ class Liveness:
 
         What of its runs is unfinished has died, even where a forked child still holds the connection.
         """
-        runs = {
-            id(n): n for n in self._nodes.values() if isinstance(n, RunNode) and self._store.signs(n).lease == lease
-        }
         for key, node in list(self._nodes.items()):
             run = node.run if isinstance(node, TaskNode) else node
-            if id(run) in runs or self._store.signs(run).lease == lease:
+            if self._store.signs(run).lease == lease:
                 for connection in self._open.pop(key, ()):
                     self._spoken.get(connection, set()).discard(key)
                 del self._nodes[key]
@@ -8398,14 +8395,11 @@ class Subscriptions:
     async def _judge_tasks(self, run: RunNode, state: RunStatus) -> None:
         """Tells what became of a run's unfinished tasks; no files are looked at."""
         pace = Pacer()
-        for step in list(run.children.values()):
-            for task in list(step.children.values()):
-                facts = task.facts
-                if facts is None or not _is_over(facts):
-                    job = _Job("tasks", task)
-                    job.quiet = True
-                    await self._tell_task(job)
-                    await pace()
+        for task in _unfinished_tasks(run):
+            job = _Job("tasks", task)
+            job.quiet = True
+            await self._tell_task(job)
+            await pace()
 
     async def _tell_rows(self, kind: str, task: TaskNode, records: Sequence[Record]) -> None:
         """New metadata or artifact records of a task, each told once."""
@@ -8729,10 +8723,8 @@ class Subscriptions:
             await self._look_at_files(run, look)
         self._put(self._judging(run))
         if state.status == RUNNING and ("tasks", run.flow, run.id) in self._index:
-            for step in list(run.children.values()):
-                for task in list(step.children.values()):
-                    if task.facts is None or not _is_over(task.facts):
-                        self._put(self._judging(run, task))
+            for task in _unfinished_tasks(run):
+                self._put(self._judging(run, task))
 
     async def _look_at_files(self, run: RunNode, look: _Look) -> None:
         flow, pace = self._store.flow(run.flow), Pacer()
@@ -8742,7 +8734,7 @@ class Subscriptions:
             if step not in look.steps:
                 look.steps.add(step)
                 self._put(Event("step", flow, run, step))
-            for task in await self._store.tasks(step):
+            for task in reversed(await self._store.tasks(step)):
                 new_here = task not in look.tasks
                 stamp = look.tasks.get(task)
                 if stamp is None and not new_here:
@@ -8754,6 +8746,16 @@ class Subscriptions:
                     self._put(Event("changed", flow, run, step, task))
                 look.tasks[task] = None if self._is_settled(task) else now
                 await pace()
+
+
+def _unfinished_tasks(run: RunNode) -> List[TaskNode]:
+    """Those of the loaded tasks that may still change by time; no files are looked at."""
+    return [
+        task
+        for step in list(run.children.values())
+        for task in list(step.children.values())
+        if task.record is not None and (task.facts is None or not _is_over(task.facts))
+    ]
 
 
 def _since_seconds(since: Any) -> Optional[float]:
@@ -9991,10 +9993,9 @@ class Service:
         connection.kept = True
         self.liveness.hold_lease(connection, lease)
 
-    def end_lease(self, lease: str, orderly: bool) -> None:
-        """A wrapper's command has ended; `orderly` when by itself and not by a signal."""
-        if orderly:
-            self.liveness.ended(lease)
+    def end_lease(self, lease: str) -> None:
+        """A wrapper's command has ended by itself, not by a signal."""
+        self.liveness.ended(lease)
 
     def active_runs(self) -> List[Dict[str, Any]]:
         """Unfinished runs known to be alive: flow_id, run_number, how (connection or heartbeat), since (ms)."""
@@ -10841,6 +10842,7 @@ def wait_ready(running: Running) -> Running:
         raise DaemonError("the daemon (pid %d) is not ready after %d s" % (running.state.pid, START_TIMEOUT))
     problem = read_ready(running.ready_fd)
     if problem:
+        wait_gone(running.state, CONTROL_TIMEOUT)  # so that whoever tries again does not meet it
         raise DaemonError(start_problem(running.state, problem))
     link = open_link(running.state)
     if not link:
@@ -11171,7 +11173,7 @@ class Host:
         if not isinstance(lease, str) or not lease.isalnum() or len(lease) > 64:
             raise Problem(400, "lease must be 1 to 64 letters and digits")
         if body.get("ended"):
-            self.service.end_lease(lease, True)
+            self.service.end_lease(lease)
         else:
             self.service.hold_lease(request.connection, lease)
         return json_response({"instance": self._state.instance, "ui": bool(self._state.record.get("ui"))})
@@ -11712,7 +11714,8 @@ class _Wrapper:
         if not self._link:
             return
         try:
-            if self._ready_fd < 0 and self._status is not None and os.WIFEXITED(self._status):
+            # A shell reports the signal that ended its flow as 128 + N.
+            if self._ready_fd < 0 and self._status is not None and _exit_code(self._status) < 128:
                 self._link.sock.settimeout(1.0)
                 self._link.send("POST", "/_mflocal/lease", {"lease": self._lease, "ended": True})
                 while self._link.due:

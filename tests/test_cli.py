@@ -11,13 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 from conftest import MODULE, Client, clean_env, mflocal
+
+import mflocal as module
 
 PYTHON = sys.executable
 
@@ -210,11 +213,12 @@ def test_wrong_words_are_one_line(project: Path, words: list[str]) -> None:
     assert done.returncode == 2 and done.stderr.startswith("mflocal: ") and done.stderr.count("\n") == 1
 
 
-def test_help_and_version(project: Path) -> None:
+def test_help_and_version(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: mflocal COMMAND" in mflocal("--help", cwd=project, check=True).stdout
-    for name in ("run", "start", "stop", "restart", "status", "url", "env", "logs", "serve", "ui"):
-        assert f"usage: mflocal {name}" in mflocal(name, "--help", cwd=project, check=True).stdout
     assert re.fullmatch(r"mflocal \d+\.\d+\.\d+\n", mflocal("--version", cwd=project, check=True).stdout)
+    for name in ("run", "start", "stop", "restart", "status", "url", "env", "logs", "serve", "ui"):
+        assert module.main([name, "--help"]) == 0
+        assert f"usage: mflocal {name}" in capsys.readouterr().out
 
 
 def test_other_options_name_restart(project: Path) -> None:
@@ -464,10 +468,10 @@ def test_explicit_root_moves_everything(project: Path) -> None:
 
 
 def test_the_command_inherits_neither_lock_nor_socket(project: Path) -> None:
-    code = "import os; print([os.readlink('/proc/self/fd/' + n) for n in os.listdir('/proc/self/fd') if int(n) > 2])"
     for _ in range(2):  # started, reused
-        out = mflocal("run", "-q", PYTHON, "-c", code, cwd=project, check=True).stdout
-        assert "socket" not in out and ".mflocal" not in out and "pipe" not in out
+        out = mflocal("run", "-q", "ls", "-l", "/proc/self/fd", cwd=project, check=True).stdout
+        fds = re.findall(r" (\d+) -> (.+)", out)
+        assert sorted(int(fd) for fd, _ in fds) == [0, 1, 2, 3] and fds[3][1].startswith("/proc/"), out
 
 
 @pytest.mark.core
@@ -578,9 +582,9 @@ def test_a_daemon_that_cannot_start_ends_the_command(project: Path) -> None:
     done = mflocal("run", "-q", "--bundle", str(bundle), "sleep", "20", cwd=project)
     assert done.returncode == 3 and time.monotonic() - began < 8
     assert "could not start" in done.stderr and "bundle.zip" in done.stderr
-    stubborn = "trap '' TERM; echo up; sleep 20 & wait; sleep 20"
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(20)"
     began = time.monotonic()
-    done = mflocal("run", "-q", "--bundle", str(bundle), "sh", "-c", stubborn, cwd=project)
+    done = mflocal("run", "-q", "--bundle", str(bundle), PYTHON, "-c", stubborn, cwd=project)
     assert done.returncode == 3 and time.monotonic() - began < 15
     done = mflocal("start", "--bundle", str(bundle), cwd=project)
     assert done.returncode == 3 and "bundle.zip" in done.stderr
@@ -732,37 +736,42 @@ def foreign_python() -> str:
     pytest.skip("no Python that other users can run")
 
 
-def test_a_read_only_store_is_one_line(project: Path) -> None:
-    (project / ".metaflow").mkdir()
+@pytest.fixture
+def open_project() -> Iterator[Path]:
+    """A project that other users can enter, with a copy of the program in it."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name).resolve()
+        root.chmod(0o755)
+        shutil.copy(MODULE, root / "mflocal.py")
+        (root / "mflocal.py").chmod(0o644)
+        (root / ".metaflow").mkdir()
+        yield root
+        mflocal("stop", "--force", cwd=root)
+
+
+def as_user(python: str, root: Path, *words: str, **extra: Any) -> subprocess.CompletedProcess[str]:
+    command = [python, str(root / "mflocal.py"), *words]
+    return subprocess.run(command, cwd=root, env=clean_env(), capture_output=True, text=True, timeout=60, **extra)
+
+
+def test_a_read_only_store_is_one_line(open_project: Path) -> None:
     python, extra = PYTHON, {}
     if os.geteuid() == 0:
         python, extra = foreign_python(), {"user": 65534}
-        for parent in (project, *project.parents):
-            parent.chmod(parent.stat().st_mode | 0o005)
-    module = project / "mflocal.py"
-    module.write_bytes(MODULE.read_bytes())
-    (project / ".metaflow").chmod(0o555)
+    (open_project / ".metaflow").chmod(0o555)
     for command in (["start"], ["run", "true"], ["serve"]):
-        done = subprocess.run(
-            [python, str(module), *command], cwd=project, env=clean_env(), capture_output=True, text=True, **extra
-        )  # type: ignore[call-overload]
+        done = as_user(python, open_project, *command, **extra)
         assert done.returncode == 3, done.stderr
         assert re.fullmatch(r"mflocal: cannot .*\.metaflow.*\n", done.stderr)
-    (project / ".metaflow").chmod(0o755)
 
 
-def test_another_users_daemon_is_left_alone(project: Path) -> None:
+def test_another_users_daemon_is_left_alone(open_project: Path) -> None:
     python = foreign_python()
-    client = start(project)
-    for parent in (project, *project.parents):
-        parent.chmod(parent.stat().st_mode | 0o005)
-    module = project / "mflocal.py"
-    module.write_bytes(MODULE.read_bytes())
+    client = start(open_project)
     for command, code in (("url", 1), ("stop", 1), ("start", 3)):
-        done = subprocess.run(
-            [python, str(module), command], cwd=project, env=clean_env(), capture_output=True, text=True, user=65534
-        )
+        done = as_user(python, open_project, command, user=65534)
         assert done.returncode == code, done.stderr
+    assert "another user" in done.stderr
     assert client("GET", "/ping").status == 200
 
 
@@ -913,8 +922,6 @@ def test_ui_with_a_key(project: Path) -> None:
 
 
 def test_extensions_are_found_without_running_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mflocal as module
-
     venv = tmp_path / "venv"
     site = venv / "lib/python3.12/site-packages"
     site.mkdir(parents=True)
@@ -949,8 +956,6 @@ def test_extensions_are_found_without_running_python(tmp_path: Path, monkeypatch
 
 
 def test_a_version_managers_python_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mflocal as module
-
     shim = tmp_path / "python"
     shim.write_text(f'#!/bin/sh\nexec "{PYTHON}" "$@"\n')
     shim.chmod(0o755)

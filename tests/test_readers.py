@@ -18,8 +18,9 @@ import sys
 import time
 import uuid
 
-import mflocal
 import pytest
+
+import mflocal
 
 FLOWS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "flows")
 STEPS = ["_parameters", "start", "middle", "leaf", "gather", "join"]
@@ -154,6 +155,25 @@ def test_included_file(tree):
         tree.dir, tree.artifact(tree.task("ReadersData", "start"), "included")
     )
     assert elsewhere["postprocess_error"]["id"] == "datastore-not-local"
+
+
+def test_included_file_is_only_read_by_its_content(tmp_path):
+    """A pickle cannot name a file of whose content it does not have the sha1."""
+
+    def included(url):
+        state = {"_descriptor": {"type": "uploader-v2", "url": url, "is_text": True}, "_cached_size": None}
+        pickled = pickle.dumps(state, 2)[2:-1]
+        return blob(tmp_path, b"\x80\x02cmetaflow.includefile\nIncludedFile\n)\x81" + pickled + b"b.")
+
+    (tmp_path / "data" / "F").mkdir(parents=True)
+    for text, id in (("mine", None), ("secret", "artifact-unreadable")):
+        name = hashlib.sha1(b"mine").hexdigest()
+        (tmp_path / "data" / "F" / name).write_bytes(gzip.compress(text.encode()))
+        shown = mflocal.artifact_content(str(tmp_path), included("local:///gone/data/F/" + name))
+        assert shown == {"content": "mine"} if id is None else shown["postprocess_error"]["id"] == id
+    for url in ("local:///etc/passwd", "s3://bucket/F/" + name, "local://" + name, "", None, 7):
+        shown = mflocal.artifact_content(str(tmp_path), included(url))
+        assert shown["postprocess_error"]["id"] == "datastore-not-local", url
 
 
 def test_too_large(tree):
@@ -417,7 +437,7 @@ def nest(opening, closing, depth):
 def bombs():
     yield "lists", nest(b"](", b"e", 200_000)
     yield "tuples", b"\x80\x04N" + b"\x85" * 400_000 + b"."
-    yield "tuples as a key", b"\x80\x04}N" + b"\x85" * 100_000 + b"Ns."
+    yield "tuples as a key", b"\x80\x04}N" + b"\x85" * 290_000 + b"Ns."
     yield "sets of tuples", b"\x80\x04\x8f(N" + b"\x85" * 100_000 + b"\x90."
     yield "frozensets", b"\x80\x04" + b"(" * 50_000 + b"\x91" * 50_000 + b"."
     yield (
@@ -471,6 +491,15 @@ def test_bombs_are_bounded(tmp_path, what, data):
     assert len(json.dumps(shown)) < 8 << 20
     parameter = mflocal.run_parameters(str(tmp_path), [{**record, "name": "p"}])["p"]["value"]
     json.dumps(parameter, allow_nan=False)
+
+
+def test_keys_are_not_nested_deep():
+    """Hashing a nest of tuples recurses in C, and hashes a shared part again each time."""
+    shallow = b"\x80\x04}N" + b"\x85" * 20 + b"Ns."
+    assert mflocal.unpickle_plain(shallow) == pickle.loads(shallow)
+    for deep in (b"\x80\x04}N" + b"\x85" * 40 + b"Ns.", b"\x80\x04\x8f(N" + b"2\x86" * 30 + b"\x90."):
+        with pytest.raises(mflocal.UnreadablePickle):
+            mflocal.unpickle_plain(deep)
 
 
 def test_gzip_bomb_is_bounded(tmp_path):

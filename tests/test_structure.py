@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Iterator, Union
 
 import pytest
 
@@ -50,23 +51,58 @@ def test_all_sections_are_there_in_order() -> None:
         assert title.lower().startswith(expected.lower()), title
 
 
+Scope = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda]
+
+
+def bound_in(scope: Scope) -> set[str]:
+    """The names that a function binds itself: parameters, assignments, nested functions, imports."""
+    arguments = scope.args
+    names = {a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
+    names |= {a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None}
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node is not scope:
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+    return names
+
+
+def uses(node: ast.AST, local: frozenset[str] = frozenset()) -> Iterator[tuple[str, int]]:
+    """(name, line) of every use of a name of the module below a node."""
+    if isinstance(node, ast.Name) and node.id not in local:
+        yield node.id, node.lineno
+    inner = local | bound_in(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) else local
+    for child in ast.iter_child_nodes(node):
+        yield from uses(child, frozenset(inner))
+
+
 def test_a_section_uses_only_sections_above_it() -> None:
     where = defined()
-    wrong = set()
-    for node in ast.walk(TREE):
-        if isinstance(node, ast.Name) and node.id in where and where[node.id] > section_of(node.lineno):
-            wrong.add(f"section {section_of(node.lineno)} line {node.lineno} uses {node.id} of {where[node.id]}")
+    wrong = {
+        f"section {section_of(line)} line {line} uses {name} of section {where[name]}"
+        for name, line in uses(TREE)
+        if name in where and where[name] > section_of(line)
+    }
     assert not wrong
 
 
 def test_private_names_stay_in_their_section() -> None:
     where = defined()
-    wrong = set()
-    for node in ast.walk(TREE):
-        if isinstance(node, ast.Name) and node.id.startswith("_") and node.id in where:
-            if where[node.id] != section_of(node.lineno):
-                wrong.add(f"line {node.lineno} uses {node.id} of section {where[node.id]}")
+    wrong = {
+        f"line {line} uses {name} of section {where[name]}"
+        for name, line in uses(TREE)
+        if name.startswith("_") and name in where and where[name] != section_of(line)
+    }
     assert not wrong
+
+
+def test_no_name_is_defined_twice() -> None:
+    names = [n.name for n in TREE.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    assert sorted(names) == sorted(set(names))
 
 
 def test_nothing_is_imported_but_the_standard_library() -> None:
@@ -93,8 +129,12 @@ def test_functions_are_short_and_public_ones_documented() -> None:
             length = (node.end_lineno or 0) - node.lineno + 1
             if length > 60:
                 wrong.append(f"{node.name} has {length} lines")
-            if not node.name.startswith("_") and length > 6 and ast.get_docstring(node) is None:
-                wrong.append(f"{node.name} has no docstring")
+    for owner in [TREE, *(n for n in TREE.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]:
+        for node in owner.body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                if not node.name.startswith("_") and length > 12 and ast.get_docstring(node) is None:
+                    wrong.append(f"{node.name} has no docstring")
     assert not wrong
 
 
