@@ -1169,11 +1169,19 @@ class Store:
     # -- writing
 
     def sweep(self) -> int:
-        """Removes temp files that a killed daemon left behind; returns how many."""
-        names = os.listdir(self.temp_dir)
-        for name in names:
-            os.unlink(f"{self.temp_dir}/{name}")
-        return len(names)
+        """Makes the folder for temp files or empties it of what a killed daemon left; returns how many that were.
+
+        A link or file in its place, as a checkout may ship it, is removed and never followed.
+        """
+        if not _is_directory(self.temp_dir):
+            if os.path.lexists(self.temp_dir):
+                os.unlink(self.temp_dir)
+            os.makedirs(self.temp_dir, mode=0o700)
+        os.chmod(self.temp_dir, 0o700)
+        with os.scandir(self.temp_dir) as entries:
+            left = [entry.path for entry in entries if not entry.is_dir(follow_symlinks=False)]
+        _remove(left)
+        return len(left)
 
     def _write(self, path: str, record: Record) -> None:
         """The one file primitive: a whole file by temp and rename, under the user's umask. Raises Problem."""
@@ -7519,7 +7527,6 @@ async def ui_run_state(
         memo = run.memo = _RunMemo()
     if memo.state is not None and _still_true(store, liveness, run, memo, cheap):
         return memo.state
-    memo.state, memo.proof = None, []
     end_name = store.end_step(run)
     summary, end = RunSummary(end_name), store.step(run, end_name)
     proof = []
@@ -7527,9 +7534,8 @@ async def ui_run_state(
         facts = store.facts(task)
         summary.add(end_name, facts)
         proof.append((task, _facts_stamp(task, facts)))
-    if summary.settled:
-        memo.proof = proof
-    else:
+    settled = summary.settled
+    if not settled:
         pace, summary = Pacer(), RunSummary(end_name)
         for task, facts in await store.run_facts(run):
             summary.add(task.step.name, facts)
@@ -7539,17 +7545,25 @@ async def ui_run_state(
     def judge() -> RunStatus:
         limits = memo.limits or {}
         return run_status(
-            run.self_record.get("ts_epoch"), summary, now_ms(), heartbeat=liveness.heartbeat(run), alive=alive,
-            lost_at=store.signs(run).lost.get(0), allowed=limits.get, cutoff=settings.run_cutoff,
+            run.self_record.get("ts_epoch"),
+            summary,
+            now_ms(),
+            heartbeat=liveness.heartbeat(run),
+            alive=alive,
+            lost_at=store.signs(run).lost.get(0),
+            allowed=limits.get,
+            cutoff=settings.run_cutoff,
             local_cutoff=settings.local_cutoff,
-        )  # fmt: skip
+        )
 
     state = judge()
     if state.status == RUNNING and summary.failures and not alive and memo.limits is None:
         memo.limits = await _attempt_limits(store, settings, run)
         state = judge()
-    if memo.proof or (state.status != RUNNING and now_ms() - (state.finished_at or 0) > FAILED_FOR_LONG):
-        memo.state, memo.beat, memo.until = state, store.signs(run).heartbeat, time.monotonic() + JUDGE_FAILED
+    lasting = state.status != RUNNING and now_ms() - (state.finished_at or 0) > FAILED_FOR_LONG
+    memo.state = state if settled or lasting else None
+    memo.proof = proof if settled else []
+    memo.beat, memo.until = store.signs(run).heartbeat, time.monotonic() + JUDGE_FAILED
     return state
 
 
@@ -7566,7 +7580,7 @@ async def _attempt_limits(store: Store, settings: Settings, run: RunNode) -> Opt
 
 
 async def parameter_records(store: Store, run: RunNode) -> List[Record]:
-    """The artifact records of a run's `_parameters` task: its parameters and its graph; [] when there are none."""
+    """The artifact records of a run's `_parameters` task (parameters and graph), [] when there are none."""
     step = store.step(run, "_parameters")
     records: List[Record] = []
     for task in await store.tasks(step) if step else []:
@@ -7628,7 +7642,7 @@ def make_run_row(run: RunNode, state: RunStatus, heartbeat: Optional[int]) -> Re
 async def ui_run_row(
     store: Store, liveness: Liveness, settings: Settings, run: RunNode, *, cheap: bool = False
 ) -> Record:
-    """A row of /runs: a number as run_number with run_id null, or the string id as both; `run` is its text."""
+    """A row of /runs: run_number and null as run_id, or the string id as both; `run` is its text."""
     state = await ui_run_state(store, liveness, settings, run, cheap=cheap)
     return make_run_row(run, state, liveness.heartbeat(run))
 
@@ -7664,7 +7678,7 @@ async def ui_step_row(store: Store, liveness: Liveness, settings: Settings, step
 class _TaskMemo:
     """The rows of a task whose newest attempt is over, as long as its facts, heartbeat and run record stay.
 
-    ok: what `_task_ok` artifacts said, by attempt. label: the foreach label, "" for none, None when not known.
+    ok: what `_task_ok` artifacts said, by attempt. label: the foreach label, "" for none, None if not known.
     """
 
     __slots__ = ("stamp", "beat", "record", "rows", "encoded", "ok", "label")
@@ -7680,7 +7694,7 @@ class _TaskMemo:
 
 
 def _is_over(facts: TaskFacts) -> bool:
-    """Whether Metaflow has written that the newest attempt is over: then the task's rows follow from its files alone."""
+    """Whether Metaflow wrote that the newest attempt is over: then the rows follow from the files alone."""
     if not facts.attempts:
         return False
     last = facts.attempts[max(facts.attempts)]
@@ -7695,7 +7709,7 @@ def ui_task_rows(
     facts: TaskFacts,
     state: Optional[RunStatus],
 ) -> List[Record]:
-    """The rows of a task, one per attempt, oldest first; `facts` fresh from the store, `state` the run's status.
+    """The rows of a task, one per attempt, oldest first; `facts` fresh from the store, `state` the run's.
 
     Rows of finished tasks are remembered: do not change them.
     """
@@ -7771,7 +7785,7 @@ async def ui_task_details(
     facts: TaskFacts,
     state: Optional[RunStatus],
 ) -> List[Record]:
-    """`ui_task_rows` with what `postprocess=true` adds: `unknown` settled by `_task_ok`, and `foreach_label`."""
+    """`ui_task_rows` and what `postprocess=true` adds: `unknown` settled by `_task_ok`, `foreach_label`."""
     rows = ui_task_rows(store, liveness, settings, task, facts, state)
     memo = task.memo
     asked = False
@@ -7791,7 +7805,7 @@ async def ui_task_details(
 
 
 async def _label_of(store: Store, settings: Settings, task: TaskNode, facts: TaskFacts) -> str:
-    """`<task id>[<index>]`, "" outside of a foreach; from metadata, or for older Metaflow from an artifact."""
+    """`<task id>[<index>]`, "" outside of a foreach; from metadata, for older Metaflow from an artifact."""
     memo = task.memo
     if memo.label is not None:
         return str(memo.label)
@@ -7884,7 +7898,7 @@ class UiSocket(Protocol):
         """The next text message, None when closed."""
 
     def send_text(self, text: str) -> bool:
-        """Queues a message without waiting; False when the client is gone or, over WS_MAX_QUEUE, was dropped."""
+        """Queues a message without waiting; False when the client is gone or, over WS_MAX_QUEUE, dropped."""
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Begins the closing handshake."""
@@ -7949,7 +7963,17 @@ class Client:
 class _Subscription:
     """One SUBSCRIBE: `resource` without the query, `contents`: artifact rows with their values."""
 
-    __slots__ = ("client", "uuid", "resource", "target", "filters", "contents", "only_step", "active")
+    __slots__ = (
+        "client",
+        "uuid",
+        "resource",
+        "target",
+        "filters",
+        "contents",
+        "only_step",
+        "active",
+        "begun",
+    )
 
     def __init__(self, client: Client, uuid: str, resource: str) -> None:
         path, _, query = resource.partition("?")
@@ -7967,6 +7991,7 @@ class _Subscription:
         steps = [value for name, value in args if name == "step_name" and "," not in value]
         self.only_step = target.step if target and target.step else steps[0] if steps else None
         self.active = True
+        self.begun = now_ms()
 
     def covers(self, task: TaskNode) -> bool:
         """Whether the path, or a plain filter on the step, lets a task of its run through."""
@@ -7994,11 +8019,11 @@ class _Look:
 
     __slots__ = ("steps", "tasks", "seen", "begun", "due")
 
-    def __init__(self) -> None:
+    def __init__(self, begun: int) -> None:
         self.steps: Set[StepNode] = set()
         self.tasks: Dict[TaskNode, Optional[Tuple[int, int]]] = {}
         self.seen: Dict[Tuple[str, TaskNode], Set[Any]] = {}
-        self.begun = now_ms()
+        self.begun = begun
         self.due = 0.0
 
 
@@ -8018,7 +8043,7 @@ class _Job:
 
 
 class _Order(NamedTuple):
-    """Something to be done between events: baseline or replay of a subscription, or a run's late judgement."""
+    """Something to be done between events: baseline or replay of a subscription."""
 
     what: str
     subscription: Optional[_Subscription] = None
@@ -8030,7 +8055,7 @@ _ROW_KINDS = ("metadata", "artifacts")
 
 
 class Subscriptions:
-    """Tells the clients of /api/ws what changes: whole rows, filtered, each object's in the order of its changes.
+    """Tells the clients of /api/ws what changes: whole rows, filtered, each object's in true order.
 
     The store's events only go into a queue; one task takes them out in bundles, makes the rows as they are
     then, and sends those that differ from what was sent last. So a frame is never older than one before it.
@@ -8060,7 +8085,8 @@ class Subscriptions:
     def _forget(self) -> None:
         """Everything remembered for the sake of subscribers."""
         self._pending.clear()
-        self._sent: Dict[Tuple[str, Any], Any] = {}  # (kind, node) -> hash, or for tasks attempt -> hash
+        # (kind, node) -> (hash of the row, whether it was told), for tasks by attempt
+        self._sent: Dict[Tuple[str, Any], Any] = {}
         self._looks: Dict[RunNode, _Look] = {}
         self._known: Set[Union[FlowNode, RunNode]] = set()
         self._recent: Dict[RunNode, float] = {}  # run -> when to judge it again (monotonic s)
@@ -8086,7 +8112,7 @@ class Subscriptions:
         return len({id(subscription.client) for subs in self._index.values() for subscription in subs})
 
     def receive(self, client: Client, text: str) -> None:
-        """One message: `__ping__`, SUBSCRIBE or UNSUBSCRIBE. What is none of these is ignored, as recorded (api 4.1)."""
+        """One message: `__ping__`, SUBSCRIBE or UNSUBSCRIBE; anything else is ignored (api 4.1)."""
         if text == "__ping__":
             client.socket.send_text("__pong__")
             return
@@ -8099,9 +8125,9 @@ class Subscriptions:
                 self._unsubscribe(client, uuid)
             elif message.get("type") == "SUBSCRIBE" and isinstance(resource, str):
                 self._unsubscribe(client, uuid)
-                if len(client.subscriptions) < WS_MAX_SUBSCRIPTIONS and len(uuid) <= WS_MAX_UUID:
-                    if len(resource) <= WS_MAX_RESOURCE:
-                        self._subscribe(client, _Subscription(client, uuid, resource), message.get("since"))
+                small = len(uuid) <= WS_MAX_UUID and len(resource) <= WS_MAX_RESOURCE
+                if small and len(client.subscriptions) < WS_MAX_SUBSCRIPTIONS:
+                    self._subscribe(client, _Subscription(client, uuid, resource), message.get("since"))
         except Problem:
             return
 
@@ -8199,19 +8225,20 @@ class Subscriptions:
             await pace()
 
     def _sort_in(self, event: Event, jobs: Dict[Tuple[str, Any], _Job]) -> None:
-        """Turns an event into jobs; events of one object become one. Runs are judged last: it is their tasks that move them."""
+        """Turns an event into jobs, one per object. Runs are judged last: their tasks are what moves them."""
         kind, run, task = event.kind, event.run, event.task
 
         def job(of: str, node: Any) -> _Job:
             found = jobs.get((of, node))
             if found is None:
                 found = jobs[of, node] = _Job(of, node)
+            found.quiet = kind == "judge"
             return found
 
         urgent = kind in ("tags", "signs", "judge")
         if kind == "judge":
             if (task and ("tasks", task) or ("runs", run)) not in jobs:
-                job("tasks" if task else "runs", task or run).quiet = True
+                job("tasks" if task else "runs", task or run)
             return
         if kind == "flow":
             job("flows", event.flow).new = True
@@ -8304,15 +8331,23 @@ class Subscriptions:
         else:
             await self._tell_parameters(node)
 
-    def _differs(self, key: Tuple[str, Any], row: Record) -> bool:
-        """Whether a row is another than the one sent last; remembers it. What only counts time does not differ."""
+    def _differs(self, key: Tuple[str, Any], row: Record, quiet: bool = False) -> bool:
+        """Whether to tell a row: it is another than the last one, but for what only counts time; remembers it.
+
+        What subscribers could only read for themselves counts as told when nothing is known to have changed
+        (`quiet`), but not after an event: they may have read it before.
+        """
         mark = _row_mark(row)
-        if self._sent.get(key) == mark:
+        if _is_known(self._sent.get(key), mark, quiet):
             return False
         if len(self._sent) > SENT_KEPT:
             self._sent.clear()  # what is unchanged is then told once more
-        self._sent[key] = mark
+        self._sent[key] = (mark, True)
         return True
+
+    def _remember(self, key: Tuple[str, Any], row: Record) -> None:
+        """Notes a row that subscribers can read for themselves."""
+        self._sent.setdefault(key, (_row_mark(row), False))
 
     def _tell_flow(self, flow: FlowNode) -> None:
         self._known.add(flow)
@@ -8334,7 +8369,7 @@ class Subscriptions:
         return state
 
     async def _tell_run(self, run: RunNode, *, new: bool = False, quiet: bool = False) -> None:
-        """`quiet`: nobody has said that something changed, so only a difference is told, or that an unknown one runs."""
+        """`quiet`: nothing is known to have changed; tells only a difference, or that an unknown one runs."""
         self._known.add(run)
         key = ("runs", run)
         before = self._states.get(run)
@@ -8350,7 +8385,9 @@ class Subscriptions:
             await self._judge_tasks(run, state)
         known = key in self._sent
         row = make_run_row(run, state, self._liveness.heartbeat(run))
-        if self._differs(key, row) and (known or not quiet or state.status == RUNNING):
+        if quiet and not known and state.status != RUNNING:
+            self._remember(key, row)
+        elif self._differs(key, row, quiet):
             self._send(subscriptions, "INSERT" if new and not known else "UPDATE", row)
 
     async def _tell_step(self, step: StepNode) -> None:
@@ -8377,12 +8414,14 @@ class Subscriptions:
             sent = self._sent.setdefault(key, {})
             for row in rows:
                 number, last = row["attempt_id"], row is rows[-1]
-                fresh = number not in sent
-                mark = _row_mark(row)
-                if sent.get(number) == mark or (fresh and not (job.new or last or number in job.attempts)):
+                known, mark = sent.get(number), _row_mark(row)
+                fresh = known is None
+                named = job.new or last or number in job.attempts
+                if _is_known(known, mark, job.quiet or not named) or (fresh and not named):
                     continue
-                sent[number] = mark
-                if job.quiet and fresh and row["status"] not in (RUNNING, PENDING):
+                ended = row["status"] not in (RUNNING, PENDING)
+                sent[number] = (mark, True)
+                if job.quiet and fresh and ended:
                     continue
                 inserted = fresh and (job.new or job.attempts.get(number, False))
                 wanted = [sub for sub in subscriptions if last or not (sub.target and sub.target.newest)]
@@ -8490,7 +8529,7 @@ class Subscriptions:
             self._known.update(runs)
             for run in runs[:WATCHED_RUNS]:
                 state = await self._state(run)
-                self._differs(("runs", run), make_run_row(run, state, self._liveness.heartbeat(run)))
+                self._remember(("runs", run), make_run_row(run, state, self._liveness.heartbeat(run)))
                 if state.status != COMPLETED:
                     self._recent[run] = time.monotonic() + JUDGE_INTERVAL
                 await pace()
@@ -8502,7 +8541,7 @@ class Subscriptions:
             return
         look = self._looks.get(run)
         if look is None:
-            look = _Look()
+            look = _Look(subscription.begun)
             pace = Pacer()
             for step in self._store.steps(run):
                 look.steps.add(step)
@@ -8512,13 +8551,13 @@ class Subscriptions:
             self._looks[run] = look
         state = await self._state(run)
         if target.kind == "runs":
-            self._sent.setdefault(("runs", run), _row_mark(make_run_row(run, state, self._liveness.heartbeat(run))))
+            self._remember(("runs", run), make_run_row(run, state, self._liveness.heartbeat(run)))
         elif target.kind == "tasks":
             await self._baseline_tasks(subscription, look, state)
         elif target.kind == "parameters":
             row = await ui_parameters(self._store, self._settings, run)
             if row:
-                self._sent.setdefault(("parameters", run), _row_mark(row))
+                self._remember(("parameters", run), row)
         elif target.kind in _ROW_KINDS and not self._is_ours(run):
             await self._baseline_rows(subscription, look)
 
@@ -8530,7 +8569,7 @@ class Subscriptions:
                 rows = await ui_task_details(self._store, self._liveness, self._settings, task, facts, state)
                 sent = self._sent.setdefault(("tasks", task), {})
                 for row in rows:
-                    sent.setdefault(row["attempt_id"], _row_mark(row))
+                    sent.setdefault(row["attempt_id"], (_row_mark(row), False))
             await pace()
 
     async def _baseline_rows(self, subscription: _Subscription, look: _Look) -> None:
@@ -8554,7 +8593,7 @@ class Subscriptions:
         return signs.heartbeat is not None or signs.lease is not None or self._liveness.alive(run) is True
 
     async def _replay(self, subscription: _Subscription, since: float) -> None:
-        """Sends the rows, as they are now, of what changed since then (s): what happened while a client was away."""
+        """Sends the rows, as they are now, of what changed since then (s), while a client was away."""
         target = subscription.target
         begin = int(max(since, time.time() - REPLAY_SECONDS) * 1000)
         found: List[Tuple[int, str, Record]] = []
@@ -8649,7 +8688,7 @@ class Subscriptions:
     # -- what no event tells
 
     async def _watch(self) -> None:
-        """Looks at what local mode writes, and judges again what grows old; finds go into the queue of events."""
+        """Looks at what local mode writes, and judges again what grows old; finds become events."""
         from asyncio import sleep
 
         while True:
@@ -8678,7 +8717,7 @@ class Subscriptions:
             run = self._store.run(flow_name, run_id)
             if run is not None:
                 self._absent.discard((flow_name, run_id))
-                self._looks.setdefault(run, _Look())
+                self._looks.setdefault(run, _Look(now_ms()))
                 flow = self._store.flow(flow_name)
                 if flow is not None:
                     self._put(Event("run", flow, run))
@@ -8697,8 +8736,9 @@ class Subscriptions:
             await pace()
         for run, due in list(self._recent.items()):
             if time.monotonic() >= due:
+                there = self._store.run(run.flow, run.id) is run
                 state = await self._state(run)
-                if state.status == COMPLETED:
+                if state.status == COMPLETED or not there:
                     self._recent.pop(run, None)
                 else:
                     after = JUDGE_INTERVAL if state.status == RUNNING else JUDGE_FAILED
@@ -8774,6 +8814,10 @@ def _row_mark(row: Record) -> int:
     return hash(dumps(row))
 
 
+def _is_known(known: Optional[Tuple[int, bool]], mark: int, quiet: bool) -> bool:
+    return known is not None and known[0] == mark and (known[1] or quiet)
+
+
 def _record_mark(kind: str, record: Record) -> Any:
     """The file of a metadata or artifact record: what makes it one row."""
     if kind == "metadata":
@@ -8804,6 +8848,7 @@ async def ui_socket(subscriptions: Subscriptions, socket: UiSocket) -> None:
 API_PREFIX = "/api"  # the UI's default place for its API on its own origin
 LOG_LIMIT, MAX_LOG_LIMIT = 1000, 10_000  # rows of a log page, as the UI backend has them
 COMPLETED_TASKS = 25  # tasks per step whose artifact names are offered for completion: a step's tasks hardly differ
+WIDE_RUN = 200  # rows of tasks from which on a list of them is kept for the next page
 SEARCH_SLICE = 50  # artifacts read at once by a search, between two messages of progress
 CONFIG_FILE_BYTES = 4 * MIB  # of a notifications, links or plugins file
 PLUGIN_FILE_BYTES = 32 * MIB  # of one file of a plugin
@@ -8867,12 +8912,22 @@ def _plain_values(args: Sequence[Tuple[str, str]], field: str) -> Optional[Set[s
 
 
 class UiApi:
-    """Handlers of every route of the UI backend; each collects rows, and section 6 filters, orders and pages them."""
+    """Handlers of every route of the UI backend: each collects rows, section 6 filters and pages them."""
 
     def __init__(self, store: Store, liveness: Liveness, settings: Settings) -> None:
         self.store = store
         self.liveness = liveness
         self.settings = settings
+        self._listed: Dict[RunNode, Tuple[float, List[Row]]] = {}
+        self._walks: Dict[RunNode, bool] = {}  # runs whose tasks are being listed -> whether they changed meanwhile
+        store.listeners.append(self._changed)
+
+    def _changed(self, event: Event) -> None:
+        run = event.run
+        if run is not None and (self._listed or self._walks):
+            self._listed.pop(run, None)
+            if run in self._walks:
+                self._walks[run] = True
 
     # -- finding
 
@@ -8888,7 +8943,7 @@ class UiApi:
         return self.store.task(step, request.params["task"]) if step else None
 
     async def _tasks(self, request: Request) -> List[TaskNode]:
-        """The tasks below the path of a request: one, a step's or a run's; as far as a `step_name` filter lets them."""
+        """The tasks below a request's path: one, a step's, or a run's that a `step_name` filter allows."""
         if "task" in request.params:
             task = self._task(request)
             return [task] if task else []
@@ -8908,7 +8963,7 @@ class UiApi:
 
     # -- lists in general
 
-    async def _listed(
+    async def _listed_page(
         self, request: Request, kind: str, rows: Sequence[Row], first: Order = ()
     ) -> Tuple[List[Row], ListQuery, bool]:
         """(rows of the page, query, whether more follow) of all rows, newest first."""
@@ -8925,7 +8980,7 @@ class UiApi:
         return picked, query, more
 
     async def _answer(self, request: Request, kind: str, rows: Sequence[Row], first: Order = ()) -> Response:
-        picked, query, more = await self._listed(request, kind, rows, first)
+        picked, query, more = await self._listed_page(request, kind, rows, first)
         return await ui_list(request, await _encoded(picked), page=query.page, has_more=more)
 
     # -- flows
@@ -8941,8 +8996,10 @@ class UiApi:
 
     # -- runs
 
-    async def _all_runs(self, flow_name: Optional[str], args: Sequence[Tuple[str, str]] = ()) -> List[RunNode]:
-        """The runs of one or of all flows, newest first."""
+    async def _all_runs(
+        self, flow_name: Optional[str], args: Sequence[Tuple[str, str]] = (), most: int = 0
+    ) -> List[RunNode]:
+        """The runs of one or of all flows, newest first; only the newest `most` are asked for (0: all)."""
         names = {flow_name} if flow_name is not None else _plain_values(args, "flow_id")
         if names is None:
             flows = await self.store.flows()
@@ -8953,18 +9010,20 @@ class UiApi:
             return await self.store.runs(flows[0])
         runs: List[RunNode] = []
         for flow in flows:
-            runs += await self.store.runs(flow)
+            own = await self.store.runs(flow)
+            runs += own[:most] if most else own
         runs.sort(key=_ui_run_time, reverse=True)
         return runs
 
     async def get_runs(self, request: Request) -> Response:
-        """GET /runs and /flows/{flow}/runs. Only what filters and order ask for is worked out for every run."""
+        """GET /runs, /flows/{flow}/runs. Only what filters and order ask for is worked out for every run."""
         args = request.args()
         query = parse_list_query(args, UI_COLUMNS["runs"])
-        runs = await self._all_runs(request.params.get("flow"), args)
+        by_time = not query.groups and (not query.order or tuple(query.order) == _BY_TIME)
+        most = query.page * query.limit + 1 if by_time and query.limit and not query.filters else 0
+        runs = await self._all_runs(request.params.get("flow"), args, most)
         if query.filters:
             runs = await self._prefiltered(runs, args)
-        by_time = not query.groups and (not query.order or tuple(query.order) == _BY_TIME)
         picked: List[RunNode]
         if query.columns <= RUN_RECORD_COLUMNS.keys() and by_time:
             begin = (query.page - 1) * query.limit
@@ -8996,7 +9055,7 @@ class UiApi:
         return kept
 
     async def _run_views(self, runs: List[RunNode], query: ListQuery, enough: int) -> List[Row]:
-        """Rows with the columns that the query needs, and the run itself under ""; stops after `enough` (0: all)."""
+        """Rows with the columns that the query needs, the run itself under ""; at most `enough` (0: all)."""
         cheap = [(name, RUN_RECORD_COLUMNS[name]) for name in query.columns if name in RUN_RECORD_COLUMNS]
         whole = len(cheap) < len(query.columns)
         pace = Pacer()
@@ -9069,13 +9128,29 @@ class UiApi:
     # -- tasks
 
     async def get_run_tasks(self, request: Request) -> Response:
-        """GET .../runs/{run}/tasks: a row per attempt. `taskId=1,2` (the UI's question for more) keeps only those."""
+        """GET .../runs/{run}/tasks: a row per attempt; `taskId=1,2` (the UI asks so for more) keeps those."""
         run = self._run(request)
-        pairs = await self.store.run_facts(run) if run else []
+        rows = await self._run_rows(run) if run else []
         wanted = _plain_values(request.args(), "taskId")
         if wanted is not None:
-            pairs = [pair for pair in pairs if pair[0].id in wanted]
-        return await self._task_list(request, run, pairs, ())
+            rows = [row for row in rows if str(row["task_id"]) in wanted]
+        return await self._task_list(request, run, rows, ())
+
+    async def _run_rows(self, run: RunNode) -> List[Row]:
+        """The rows of all tasks, newest first.
+
+        Those of a wide run are kept as long as the store does not look at its tasks again (RECHECK_AFTER) and
+        no event changes it: the UI asks for page after page.
+        """
+        kept = self._listed.get(run)
+        if kept is not None and time.monotonic() - kept[0] < RECHECK_AFTER:
+            return kept[1]
+        began = time.monotonic()
+        self._walks[run] = False
+        rows = await self._rows_of(await self._state(run), await self.store.run_facts(run))
+        if not self._walks.pop(run, True) and len(rows) > WIDE_RUN:
+            self._listed = {run: (began, rows)}
+        return rows
 
     async def get_step_tasks(self, request: Request) -> Response:
         """GET .../steps/{step}/tasks: a row per attempt, the newest attempts first."""
@@ -9084,32 +9159,34 @@ class UiApi:
         for task in await self.store.tasks(step) if step else []:
             pairs.append((task, self.store.facts(task)))
             await pace()
-        return await self._task_list(request, step.run if step else None, pairs, _NEWEST_ATTEMPT)
+        run = step.run if step else None
+        rows = await self._rows_of(await self._state(run), pairs) if run else []
+        return await self._task_list(request, run, rows, _NEWEST_ATTEMPT)
 
     async def get_attempts(self, request: Request) -> Response:
         """GET .../tasks/{task}/attempts."""
         task = self._task(request)
-        pairs = [(task, self.store.facts(task))] if task else []
-        return await self._task_list(request, task.run if task else None, pairs, _NEWEST_ATTEMPT)
+        rows: List[Row] = []
+        if task is not None:
+            rows = await self._rows_of(await self._state(task.run), [(task, self.store.facts(task))])
+        return await self._task_list(request, task.run if task else None, rows, _NEWEST_ATTEMPT)
 
-    async def _task_list(
-        self,
-        request: Request,
-        run: Optional[RunNode],
-        pairs: Sequence[Tuple[TaskNode, TaskFacts]],
-        first: Order,
-    ) -> Response:
-        state = await self._state(run) if run else None
+    async def _rows_of(self, state: RunStatus, pairs: Sequence[Tuple[TaskNode, TaskFacts]]) -> List[Row]:
         rows: List[Row] = []
         pace = Pacer()
-        for task, facts in pairs:
+        for place, (task, facts) in enumerate(pairs):
             rows += ui_task_rows(self.store, self.liveness, self.settings, task, facts, state)
-            await pace()
-        rows.reverse()  # oldest step and attempt first, to the opposite; a stable sort then keeps attempts so
+            if not place & 63:
+                await pace()
+        rows.reverse()  # attempts come oldest first, and a stable sort leaves those of one task as they are
         rows.sort(key=_ui_row_time, reverse=True)
-        picked, query, more = await self._listed(request, "tasks", rows, first)
+        return rows
+
+    async def _task_list(self, request: Request, run: Optional[RunNode], rows: List[Row], first: Order) -> Response:
+        picked, query, more = await self._listed_page(request, "tasks", rows, first)
         details = request.arg("postprocess") == "true"
-        parts = []
+        state = await self._state(run) if run and details else None
+        parts, pace = [], Pacer()
         for row in picked:
             parts.append(await self._task_part(run, row, state, details) if run else b"")
             await pace()
@@ -9154,7 +9231,7 @@ class UiApi:
         return await self._answer(request, "metadata", rows)
 
     async def get_artifacts(self, request: Request) -> Response:
-        """GET .../artifacts of a task, a step or a run: those of all attempts, with `postprocess=true` their values."""
+        """GET .../artifacts of a task, step or run, of all attempts; with `postprocess=true` their values."""
         args = request.args()
         if "step" not in request.params and asks_for_local_artifacts(args):
             return await ui_list(request, [])
@@ -9163,7 +9240,7 @@ class UiApi:
             for record in await self.store.artifacts(task):
                 rows.append(ui_artifact_row(record, task.run))
             await pace()
-        picked, query, more = await self._listed(request, "artifacts", rows, _NEWEST_ATTEMPT)
+        picked, query, more = await self._listed_page(request, "artifacts", rows, _NEWEST_ATTEMPT)
         if request.arg("postprocess") == "true":
             contents = await in_thread(
                 artifact_contents, self.settings.metaflow_dir, picked, data_roots=data_roots(self.settings)
@@ -9206,9 +9283,16 @@ class UiApi:
             page, limit = parse_page(args, default_limit=LOG_LIMIT, max_limit=MAX_LOG_LIMIT)
             reverse = ("row", True) in list(parse_order(args, ("row",)))[:1]
             log = await in_thread(
-                log_rows, self.settings.metaflow_dir, task, attempt, stream, limit=limit, page=page, reverse=reverse,
+                log_rows,
+                self.settings.metaflow_dir,
+                task,
+                attempt,
+                stream,
+                limit=limit,
+                page=page,
+                reverse=reverse,
                 **place,
-            )  # fmt: skip
+            )
             parts = await _encoded(log.rows)
             return await ui_list(request, parts, page=page, has_more=page < log.pages, last_page=log.pages)
 
@@ -9322,7 +9406,7 @@ class UiApi:
     # -- the UI's own configuration
 
     def get_notifications(self, request: Request) -> Response:
-        """GET /notifications: a bare list from the notifications file, filtered by `field[:op]=`; null passes every test."""
+        """GET /notifications: a bare list from a file, filtered by `field[:op]=`; null passes every test."""
         found = [_notification(entry) for entry in read_json_list(self.settings.notifications)]
         rows = [row for row in found if row is not None]
         return json_response([row for row in rows if all(_announced(row, arg) for arg in request.args())])
@@ -9337,7 +9421,7 @@ class UiApi:
         return json_response([plugin for plugin, _ in self._plugins()])
 
     def _plugins(self) -> Iterator[Tuple[Record, str]]:
-        """(what is told, directory) of each plugin in the plugins file: {"path", "name"?, "parameters"?, ...}."""
+        """(what is told, directory) of each {"path", "name"?, "parameters"?} in the plugins file."""
         source = self.settings.plugins or ""
         for entry in read_json_list(self.settings.plugins):
             if not isinstance(entry.get("path"), str):
@@ -9450,7 +9534,8 @@ def _notification(entry: Record) -> Optional[Record]:
 
 
 _ANNOUNCED: Mapping[str, Callable[[Any, Any], bool]] = {
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
+    "ge": operator.ge,
 }  # fmt: skip
 
 
@@ -9490,7 +9575,7 @@ def _search_slice(
     roots: Sequence[str],
     known: Dict[str, Any],
 ) -> List[Record]:
-    """The matches among artifact records. `known`: result by content, since a run hands the same values on."""
+    """The matches among artifact records. `known`: results by content, as a run hands its values on."""
     matches_found = []
     for record in records:
         sha = f"{record.get('sha')}/{record.get('content_type')}"
@@ -9866,9 +9951,7 @@ class Service:
         self.settings = settings
         self.identity = identity
         self.log = log
-        temp = os.path.join(settings.state_dir, "tmp")
-        os.makedirs(temp, mode=0o700, exist_ok=True)
-        self.store = Store(settings.metaflow_dir, temp)
+        self.store = Store(settings.metaflow_dir, os.path.join(settings.state_dir, "tmp"))
         self.store.sweep()
         self.liveness = Liveness(self.store)
         self.subscriptions = Subscriptions(self.store, self.liveness, settings, log)
@@ -11426,6 +11509,9 @@ def client_environment(settings: Settings, state: State, config: ClientConfig) -
     if state.record.get("ui"):
         env["METAFLOW_UI_URL"] = state.url
     env["NO_PROXY"] = env["no_proxy"] = no_proxy(os.environ)
+    user = login_name(os.environ)
+    if user:
+        env["METAFLOW_USER"] = user
     if "root" in settings.asked:
         # Metadata, artifacts and cards must not part ways.
         if config.get("METAFLOW_DATASTORE_SYSROOT_LOCAL") is None:
@@ -11433,6 +11519,22 @@ def client_environment(settings: Settings, state: State, config: ClientConfig) -
         if config.get("METAFLOW_CARD_LOCALROOT") is None:
             env["METAFLOW_CARD_LOCALROOT"] = os.path.join(settings.metaflow_dir, "mf.cards")
     return env
+
+
+def login_name(environ: Mapping[str, str]) -> Optional[str]:
+    """A user name for Metaflow where the environment has none that it takes (metaflow/util.py, get_username).
+
+    None when there is one, and for root, whom Metaflow refuses on purpose.
+    """
+    known = [environ.get(name) for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER")]
+    if any(name and name != "root" for name in known) or not os.geteuid():
+        return None
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return "uid%d" % os.geteuid()
 
 
 def lease_headers(config: ClientConfig, lease: str) -> str:

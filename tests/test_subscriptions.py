@@ -207,11 +207,12 @@ def test_a_whole_run_in_order(go: Any) -> None:
         await hub.store.add_metadata(task, [attempt(0)])
         await settle()
         await hub.store.add_metadata(task, [said(0, True)])
-        await until(lambda: any(m["uuid"] == "0" for m in page.heard))
+        await until(lambda: page.heard[-1]["uuid"] == "0")
         kinds = [(m["type"], m["uuid"], m["data"].get("status"), m["data"].get("field_name")) for m in page.heard]
         assert kinds == [
             ("INSERT", "1", None, None),
             ("INSERT", "2", "running", None),
+            ("UPDATE", "0", "running", None),
             ("UPDATE", "2", "running", None),
             ("INSERT", "3", None, "attempt_ok"),
             ("UPDATE", "2", "completed", None),
@@ -319,6 +320,23 @@ def test_tags_are_told(go: Any) -> None:
         hub.store.replace_tags(run, ["fresh"])
         await settle()
         assert len(ear.heard) == 2  # an unchanged row is not told again
+
+    go(body)
+
+
+def test_what_happens_right_after_subscribing_is_told(go: Any) -> None:
+    """Its baseline is made a little later, and must not swallow it."""
+
+    async def body(hub: Hub) -> None:
+        run = hub.make_run()
+        task = hub.store.create_task(hub.store.create_step(run, "start", TAGS), TAGS)
+        base = f"/flows/HubFlow/runs/{run.id}"
+        ear = hub.client(base, base + "/tasks", base + "/metadata", base + "/artifacts", "/runs")
+        hub.store.replace_tags(run, ["fresh"])
+        await hub.store.add_metadata(task, [attempt(0)])
+        await hub.store.add_artifacts(task, [artifact("a")])
+        await settle()
+        assert sorted(m["uuid"] for m in ear.heard) == ["0", "1", "2", "3", "4"]
 
     go(body)
 

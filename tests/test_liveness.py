@@ -1,0 +1,785 @@
+"""Who is alive: real flows and real deaths under `mflocal run`, and the rules of speaking on bare connections."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+from conftest import FLOWS, Client, clean_env, mflocal
+from processes import (
+    PYTHON,
+    Plain,
+    Seen,
+    Started,
+    Watch,
+    client_of,
+    daemon_state,
+    flow_file,
+    running,
+    see,
+    soon,
+    wait_for,
+)
+
+Start = Callable[..., Started]
+
+
+@pytest.fixture
+def start(project: Path) -> Iterator[Start]:
+    """Starts flows of tests/flows under `mflocal run`; what is left of them is ended after the test."""
+    started: list[Started] = []
+
+    def start(
+        name: str, *words: str, options: tuple[str, ...] = (), how: type[Started] = Started, **env: str
+    ) -> Started:
+        path = flow_file(project, name)
+        number = str(len(started)) if started else ""
+        extra: dict[str, Any] = {"options": options} if how is Started else {}
+        run = how(project, PYTHON, path.name, *words, name=number, **extra, **env)
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        run.end()
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> float:
+    """Sends the signal; when that was (monotonic s)."""
+    os.kill(pid, number)
+    return time.monotonic()
+
+
+def api_path(pathspec: str) -> str:
+    """The path of a task in the metadata API."""
+    flow, run, step, task = pathspec.split("/")
+    return f"/flows/{flow}/runs/{run}/steps/{step}/tasks/{task}"
+
+
+def died_at_once(row: dict[str, Any], killed: float) -> bool:
+    """Whether finished_at (ms) is within a second after the moment `killed` (time.time())."""
+    return killed * 1000 - 50 <= row["finished_at"] <= killed * 1000 + 1000
+
+
+# -- deaths
+
+
+@pytest.mark.core
+def test_kill_9_of_a_task_is_seen_at_once(project: Path, start: Start) -> None:
+    """The runtime is held, so that nobody but the task's own connection can tell."""
+    run = start("live_sleep.py", "run")
+    pid, runtime, pathspec = run.note("start-0")
+    client = client_of(project)
+    before = see(client, pathspec)
+    assert (before.run, before.task()) == ("running", "running")
+    kill(runtime, signal.SIGSTOP)
+    clock = time.time()
+    killed = kill(pid)
+    after = soon(client, pathspec, lambda s: s.task() == "failed", killed)
+    assert after.run == "running" and died_at_once(after.rows["start", 0], clock)
+    clock = time.time()
+    kill(runtime, signal.SIGCONT)
+    assert run.wait() == 1
+    ended = soon(client, pathspec, lambda s: s.run == "failed", time.monotonic())
+    assert ended.task() == "failed" and ended.rows["start", 0]["finished_at"] == after.rows["start", 0]["finished_at"]
+    assert ended.run_row["finished_at"] >= clock * 1000
+
+
+def test_kill_9_of_the_runtime(project: Path, start: Start) -> None:
+    """The run is over at once; its task lives on as an orphan and is shown as that."""
+    run = start("live_sleep.py", "run")
+    pid, runtime, pathspec = run.note("start-0")
+    client, clock = client_of(project), time.time()
+    killed = kill(runtime)
+    after = soon(client, pathspec, lambda s: s.run == "failed", killed)
+    assert died_at_once(after.run_row, clock)
+    assert run.wait() == 137
+    time.sleep(0.5)
+    assert running(pid) and see(client, pathspec).task() == "running"
+    clock = time.time()
+    killed = kill(pid)
+    after = soon(client, pathspec, lambda s: s.task() == "failed", killed)
+    assert died_at_once(after.rows["start", 0], clock) and after.run == "failed"
+
+
+@pytest.mark.core
+def test_kill_9_of_the_whole_group_and_it_stays_so(project: Path, start: Start) -> None:
+    """Wrapper, runtime and task at once; after a restart of the daemon the answer is the same."""
+    run = start("live_sleep.py", "run")
+    pid, runtime, pathspec = run.note("start-0")
+    client, clock = client_of(project), time.time()
+    os.killpg(run.process.pid, signal.SIGKILL)
+    after = soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    assert died_at_once(after.run_row, clock) and died_at_once(after.rows["start", 0], clock)
+    assert not running(pid) and not running(runtime)
+    mflocal("restart", cwd=project, check=True)
+    again = see(client_of(project), pathspec)
+    assert (again.run, again.task()) == ("failed", "failed")
+    assert again.rows["start", 0]["finished_at"] == after.rows["start", 0]["finished_at"]
+    assert again.run_row["finished_at"] == after.run_row["finished_at"]
+    os.kill(daemon_state(project)["pid"], signal.SIGKILL)
+    mflocal("start", cwd=project, check=True)
+    assert see(client_of(project), pathspec).rows["start", 0] == again.rows["start", 0]
+
+
+def test_kill_9_of_the_wrapper_alone(project: Path, start: Start) -> None:
+    """The flow goes on without it, and the daemon, though nothing asks it, stays."""
+    run = start("live_sleep.py", "run", options=("--idle-timeout", "1"))
+    _, runtime, pathspec = run.note("start-0")
+    client = client_of(project)
+    with Watch(client, "LiveSleep") as watch:
+        kill(run.process.pid)
+        run.wait()
+        wait_for(lambda: watch.looks > 5)
+    time.sleep(2.5)  # longer than the idle timeout, without a request
+    seen = see(client, pathspec)
+    assert (seen.run, seen.task()) == ("running", "running") and not watch.ever("failed")
+    told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
+    assert [str(r["run_number"]) for r in told["active_runs"]] == [pathspec.split("/")[1]]
+    run.say()
+    wait_for(lambda: not running(runtime))
+    seen = see(client, pathspec)
+    assert (seen.run, seen.task()) == ("completed", "completed")
+    wait_for(lambda: not (project / ".metaflow/.mflocal/daemon.json").exists(), 5)
+
+
+def test_ctrl_c(project: Path, start: Start) -> None:
+    run = start("live_sleep.py", "run")
+    pid, _, pathspec = run.note("start-0")
+    client = client_of(project)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
+    assert run.wait() != 0
+    seen = soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    assert not running(pid) and seen.run_row["finished_at"] is not None
+    assert "Traceback" not in run.output.replace("KeyboardInterrupt", "") or "mflocal.py" not in run.output
+
+
+def test_retry_after_a_kill(project: Path, start: Start) -> None:
+    """The second attempt brings task and run back to running; the first stays failed."""
+    run = start("live_sleep.py", "run", "--with", "retry:times=1,minutes_between_retries=0")
+    pid, runtime, pathspec = run.note("start-0")
+    client = client_of(project)
+    kill(runtime, signal.SIGSTOP)
+    killed = kill(pid)
+    after = soon(client, pathspec, lambda s: s.task() == "failed", killed)
+    assert after.run == "running"
+    with Watch(client, "LiveSleep") as watch:
+        kill(runtime, signal.SIGCONT)
+        run.note("start-1")
+        seen = soon(client, pathspec, lambda s: s.task(attempt=1) == "running", time.monotonic())
+        assert (seen.run, seen.task()) == ("running", "failed")
+        run.say()
+        assert run.wait() == 0
+    seen = see(client, pathspec)
+    assert (seen.run, seen.task(), seen.task(attempt=1), seen.task("end")) == (
+        "completed", "failed", "completed", "completed",
+    )  # fmt: skip
+    assert watch.ever("failed") == [f"{pathspec}/0"]
+
+
+def test_timeout(project: Path, start: Start) -> None:
+    """@timeout ends the step from within: the task says itself that it failed."""
+    run = start("live_sleep.py", "run", "--with", "timeout:seconds=3")
+    _, _, pathspec = run.note("start-0")
+    client = client_of(project)
+    assert see(client, pathspec).task() == "running"
+    assert run.wait() == 1
+    seen = soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    rows = client.get(f"{api_path(pathspec)}/metadata")
+    assert [row["value"] for row in rows if row["field_name"] == "attempt_ok"] == ["False"]
+    assert seen.rows["start", 0]["finished_at"] is not None
+
+
+# -- what lives is never shown failed
+
+
+def test_a_long_task_without_a_request_lives(project: Path, start: Start) -> None:
+    """Silent for many times the cutoff (2 s), and for longer than the idle timeout (4 s)."""
+    run = start(
+        "live_sleep.py", "run", "--seconds", "12", options=("--idle-timeout", "4"),
+        METAFLOW_LOCAL_SERVICE_RUN_CUTOFF="2",
+    )  # fmt: skip
+    _, _, pathspec = run.note("start-0")
+    time.sleep(9)  # nothing is asked meanwhile, which would count as use
+    client = client_of(project)
+    with Watch(client, "LiveSleep") as watch:
+        seen = see(client, pathspec)
+        assert (seen.run, seen.task()) == ("running", "running")
+        assert time.time() - seen.run_row["last_heartbeat_ts"] <= 2
+        assert run.wait() == 0
+    assert not watch.ever("failed") and see(client, pathspec).run == "completed"
+
+
+@pytest.mark.slow
+def test_a_task_sleeps_90_seconds(project: Path, start: Start) -> None:
+    """With the ordinary settings: longer than the cutoff (60 s) and than the keep-alive of other connections (75 s)."""
+    run = start("live_sleep.py", "run", "--seconds", "90")
+    run.note("start-0")
+    client = client_of(project)
+    with Watch(client, "LiveSleep") as watch:
+        assert run.wait(150) == 0
+    assert watch.looks > 20 and not watch.ever("failed")
+
+
+@pytest.mark.parametrize("width", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_wide_foreach(project: Path, start: Start, width: int) -> None:
+    run = start("live_many.py", "run", "--width", str(width), "--max-workers", "4")
+    _, _, pathspec = run.note("work-0-0")
+    client = client_of(project)
+    with Watch(client, "LiveMany") as watch:
+        finished = f"/api/flows/{'/'.join(pathspec.split('/')[:2])}/steps/work/tasks?status=completed&_limit=1000"
+        wait_for(lambda: len(client.get(finished)["data"]) == width - 1, 120)
+        seen = see(client, pathspec)
+        assert seen.run == "running"
+        run.say()
+        assert run.wait() == 0
+    tasks = {name for name, _ in watch.statuses if "/work/" in name}
+    assert len(tasks) == width and not watch.ever("failed")
+    assert len(client.get(finished)["data"]) == width
+
+
+@pytest.mark.core
+def test_the_daemon_is_killed_under_a_sleeping_task(project: Path, start: Start) -> None:
+    """The wrapper brings it back and vouches: for a whole cutoff (2 s) and more nothing is shown failed."""
+    run = start("live_sleep.py", "run", METAFLOW_LOCAL_SERVICE_RUN_CUTOFF="2")
+    pid, _, pathspec = run.note("start-0")
+    client, old = client_of(project), daemon_state(project)
+    with Watch(client, "LiveSleep") as watch:
+        wait_for(lambda: watch.looks > 3)
+        kill(old["pid"])
+        wait_for(lambda: daemon_state(project)["pid"] != old["pid"])
+        looks = watch.looks
+        wait_for(lambda: watch.looks > looks)
+        time.sleep(5)
+        seen = see(client, pathspec)
+        assert (seen.run, seen.task()) == ("running", "running") and running(pid)
+        told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
+        assert [str(r["run_number"]) for r in told["active_runs"]] == [pathspec.split("/")[1]]
+        assert told["idle_left"] is None
+        run.say()
+        assert run.wait() == 0, run.output
+    assert daemon_state(project)["port"] == old["port"] and not watch.ever("failed")
+    assert see(client, pathspec).run == "completed"
+
+
+def test_deaths_after_the_daemon_came_back(project: Path, start: Start) -> None:
+    """Neither runtime nor task has a connection to the new daemon; the end of CMD still is the end of the run."""
+    run = start("live_sleep.py", "run")
+    pid, _, pathspec = run.note("start-0")
+    client, old = client_of(project), daemon_state(project)
+    kill(old["pid"])
+    wait_for(lambda: daemon_state(project)["pid"] != old["pid"] and daemon_state(project)["state"] == "ready")
+    assert see(client, pathspec).task() == "running"
+    kill(pid)
+    assert run.wait() == 1
+    soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+
+
+def test_the_daemon_is_restarted_by_hand_under_a_sleeping_task(project: Path, start: Start) -> None:
+    """`restart --force` closes all connections in good order, which proves nothing about those behind them."""
+    run = start("live_sleep.py", "run", METAFLOW_LOCAL_SERVICE_RUN_CUTOFF="2")
+    _, _, pathspec = run.note("start-0")
+    client = client_of(project)
+    with Watch(client, "LiveSleep") as watch:
+        mflocal("restart", "--force", cwd=project, check=True)
+        looks = watch.looks
+        wait_for(lambda: watch.looks > looks + 3)
+        time.sleep(4)
+        seen = see(client, pathspec)
+        assert (seen.run, seen.task()) == ("running", "running")
+        run.say()
+        assert run.wait() == 0, run.output
+    assert not watch.ever("failed")
+
+
+# -- forked children
+
+
+def test_a_forked_child_outlives_its_finished_task(project: Path, start: Start) -> None:
+    """It holds the connection of a task that is done; that keeps nothing running and the daemon not awake."""
+    run = start("live_fork.py", "run", "--how", "finish", options=("--idle-timeout", "2"))
+    child = run.note("child-0")[0]
+    _, _, pathspec = run.note("end-0")
+    client = client_of(project)
+    seen = see(client, pathspec)
+    assert (seen.run, seen.task("start"), seen.task("end")) == ("running", "completed", "running")
+    run.say()
+    assert run.wait() == 0 and running(child)
+    seen = see(client, pathspec)
+    assert (seen.run, seen.task("start"), seen.task("end")) == ("completed", "completed", "completed")
+    told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
+    assert told["active_runs"] == [] and told["idle_left"] is not None
+    wait_for(lambda: not (project / ".metaflow/.mflocal/daemon.json").exists(), 6)
+    assert running(child)
+
+
+def test_a_forked_child_outlives_its_killed_task(project: Path, start: Start) -> None:
+    """It holds the connection of a dead task: the orderly end of the command decides."""
+    run = start("live_fork.py", "run", "--how", "hold")
+    child = run.note("child-0")[0]
+    pid, _, pathspec = run.note("start-0")
+    client = client_of(project)
+    kill(pid)
+    assert run.wait() == 1 and running(child)
+    soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+
+
+def test_a_forked_child_and_the_next_attempt(project: Path, start: Start) -> None:
+    """The next attempt of the task decides that the one before has died."""
+    run = start("live_fork.py", "run", "--how", "hold", "--with", "retry:times=1,minutes_between_retries=0")
+    child = run.note("child-0")[0]
+    pid, _, pathspec = run.note("start-0")
+    client = client_of(project)
+    kill(pid)
+    run.note("start-1")
+    soon(client, pathspec, lambda s: (s.run, s.task(), s.task(attempt=1)) == ("running", "failed", "running"),
+         time.monotonic())  # fmt: skip
+    run.say()
+    assert run.wait() == 0 and running(child)
+    seen = see(client, pathspec)
+    assert (seen.run, seen.task(), seen.task(attempt=1)) == ("completed", "failed", "completed")
+
+
+def test_killed_command_with_living_orphans(project: Path, start: Start) -> None:
+    """A command that died by a signal has waited for nobody: what still holds its connection is shown running."""
+    run = start("live_sleep.py", "run")
+    pid, runtime, pathspec = run.note("start-0")
+    client = client_of(project)
+    kill(runtime, signal.SIGTERM)
+    assert run.wait() == 143
+    time.sleep(0.5)
+    if running(pid):
+        assert see(client, pathspec).task() == "running"
+        kill(pid)
+    soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+
+
+# -- several at once
+
+
+def test_two_flows_under_one_daemon(project: Path, start: Start) -> None:
+    """One dies, the other is not touched by it."""
+    first, second = start("live_sleep.py", "run"), start("live_many.py", "run", "--width", "1")
+    pid, _, pathspec = first.note("start-0")
+    _, _, other = second.note("work-0-0")
+    client = client_of(project)
+    told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
+    assert {r["flow_id"]: r["how"] for r in told["active_runs"]} == {"LiveSleep": "connection", "LiveMany": "connection"}
+    with Watch(client, "LiveMany") as watch:
+        kill(pid)
+        assert first.wait() == 1
+        soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+        seen = see(client, other)
+        assert (seen.run, seen.task("work")) == ("running", "running")
+        second.say()
+        assert second.wait() == 0
+    assert not watch.ever("failed") and see(client, other).run == "completed"
+
+
+def test_resume_of_a_killed_run(project: Path, start: Start) -> None:
+    """The resumed run lives; the one it comes from stays failed, though resume reads it."""
+    run = start("live_many.py", "run", "--width", "2")
+    pid, _, pathspec = run.note("work-0-0")
+    client = client_of(project)
+    kill(pid)
+    assert run.wait() == 1
+    soon(client, pathspec, lambda s: s.run == "failed", time.monotonic())
+    before = see(client, pathspec)
+    with Watch(client, "LiveMany") as watch:
+        resumed = start("live_many.py", "resume")
+        _, _, again = resumed.note("work-0-0")
+        assert again.split("/")[1] != pathspec.split("/")[1]
+        seen = see(client, again)
+        assert (seen.run, seen.task("start"), see(client, pathspec).run) == ("running", "completed", "failed")
+        resumed.say()
+        assert resumed.wait() == 0, resumed.output
+    flow_run = "/".join(again.split("/")[:2])
+    assert see(client, again).run == "completed" and not [n for n in watch.ever("failed") if n.startswith(flow_run)]
+    assert see(client, pathspec).run_row == before.run_row
+
+
+def test_parallel_nodes(project: Path, start: Start) -> None:
+    """@parallel runs its nodes as processes of the first one: each lives and dies for itself."""
+    run = start("live_parallel.py", "run")
+    _, _, first = run.note("work-0-0")
+    pid, _, second = run.note("work-1-0")
+    client = client_of(project)
+    rows = nodes_of(client, first)
+    assert {row["status"] for row in rows.values()} == {"running"} and len(rows) == 2
+    clock = time.time()
+    killed = kill(pid)
+    name = second.split("/")[-1]
+    soon(client, first, lambda s: nodes_of(client, first)[name]["status"] == "failed", killed)
+    assert died_at_once(nodes_of(client, first)[name], clock)
+    assert see(client, first).run == "running" and nodes_of(client, first)[first.split("/")[-1]]["status"] == "running"
+    run.say()
+    assert run.wait() == 1
+    soon(client, first, lambda s: s.run == "failed", time.monotonic())
+
+
+def nodes_of(client: Client, pathspec: str) -> dict[str, Any]:
+    flow, run, step, _ = pathspec.split("/")
+    rows = client.get(f"/api/flows/{flow}/runs/{run}/steps/{step}/tasks?_limit=100")["data"]
+    return {str(row["task_name"] or row["task_id"]): row for row in rows}
+
+
+@pytest.mark.slow
+def test_parallel_completes(project: Path, start: Start) -> None:
+    run = start("live_parallel.py", "run")
+    _, _, pathspec = run.note("work-0-0")
+    run.note("work-1-0")
+    client = client_of(project)
+    with Watch(client, "LiveParallel") as watch:
+        run.say()
+        assert run.wait() == 0, run.output
+    assert not watch.ever("failed") and see(client, pathspec).run == "completed"
+
+
+def test_a_run_started_by_runner(project: Path, start: Start) -> None:
+    flow_file(project, "live_sleep.py")
+    run = start("live_runner.py")
+    pid, _, pathspec = run.note("start-0")
+    client = client_of(project)
+    with Watch(client, "LiveSleep") as watch:
+        seen = see(client, pathspec)
+        assert (seen.run, seen.task()) == ("running", "running")
+        run.say()
+        assert run.wait() == 0, run.output
+    assert not watch.ever("failed") and see(client, pathspec).run == "completed"
+    assert "successful True" in run.output
+
+
+@pytest.mark.slow
+def test_the_death_of_a_run_started_by_runner(project: Path, start: Start) -> None:
+    flow_file(project, "live_sleep.py")
+    run = start("live_runner.py")
+    pid, runtime, pathspec = run.note("start-0")
+    client = client_of(project)
+    kill(runtime)
+    soon(client, pathspec, lambda s: s.run == "failed", time.monotonic())
+    kill(pid)
+    soon(client, pathspec, lambda s: s.task() == "failed", time.monotonic())
+    assert run.wait() != 0
+
+
+def test_reading_is_not_speaking(project: Path, start: Start) -> None:
+    """A program with the Client reads and tags a run on a connection that stays open when the run is killed."""
+    run = start("live_sleep.py", "run")
+    _, _, pathspec = run.note("start-0")
+    client = client_of(project)
+    name = "/".join(pathspec.split("/")[:2])
+    reader = start("live_reader.py", name)
+    reader.note("reader")
+    assert see(client, pathspec).run == "running"
+    os.killpg(run.process.pid, signal.SIGKILL)
+    seen = soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    assert "seen" in seen.run_row["tags"] and reader.process.poll() is None
+    reader.say("end-reader")
+    assert reader.wait() == 0, reader.output
+    assert see(client, pathspec).run_row["finished_at"] == seen.run_row["finished_at"]
+
+
+# -- sidecars
+
+
+def sidecars(*pids: int) -> list[int]:
+    """Heartbeat processes that Metaflow has started below these processes."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent in pids and any(b"sidecar" in word for word in words) and b"heartbeat" in b" ".join(words):
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("option", "expected"), [("auto", 0), ("sidecar", 2)])
+def test_how_many_sidecars_metaflow_starts(project: Path, start: Start, option: str, expected: int) -> None:
+    """Detects a Metaflow that reads METAFLOW_ENABLED_SIDECAR differently: one per process there, none under us."""
+    run = start("live_sleep.py", "run", options=("--heartbeats", option))
+    pid, runtime, pathspec = run.note("start-0")
+    if expected:
+        wait_for(lambda: len(sidecars(pid, runtime)) == expected)
+    else:
+        time.sleep(1)
+    assert len(sidecars(pid, runtime)) == expected
+    assert see(client_of(project), pathspec).task() == "running"
+    run.say()
+    assert run.wait() == 0, run.output
+    assert see(client_of(project), pathspec).run == "completed"
+
+
+def test_an_ordinary_client_outside_the_wrapper(project: Path, start: Start) -> None:
+    """Its heartbeats keep it running, and are what its death is judged by: failed when they stay away."""
+    cutoff = 12.0
+    mflocal("start", cwd=project, check=True, env=clean_env(METAFLOW_LOCAL_SERVICE_RUN_CUTOFF=str(cutoff)))
+    run = start("live_sleep.py", "run", how=Plain)
+    pid, runtime, pathspec = run.note("start-0")
+    client = client_of(project)
+    wait_for(lambda: len(sidecars(pid, runtime)) == 2)
+    wait_for(lambda: beats(client, pathspec))
+    with Watch(client, "LiveSleep") as watch:
+        time.sleep(1)
+        told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
+        assert [str(r["run_number"]) for r in told["active_runs"]] == [pathspec.split("/")[1]]
+    assert not watch.ever("failed")
+    os.killpg(run.process.pid, signal.SIGKILL)
+    soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic(), cutoff + 2)
+
+
+def beats(client: Client, pathspec: str) -> bool:
+    return client.get(api_path(pathspec)).get("last_heartbeat_ts") is not None
+
+
+# -- the rules of speaking, on bare connections
+
+
+class Speaker:
+    """One keep-alive connection of a client."""
+
+    def __init__(self, client: Client) -> None:
+        host, _, port = client.url.partition("://")[2].partition(":")
+        self.connection = http.client.HTTPConnection(host, int(port), timeout=30)
+
+    def __call__(self, method: str, path: str, body: Any = None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        self.connection.request(method, path, None if body is None else json.dumps(body), headers)
+        response = self.connection.getresponse()
+        data = response.read()
+        assert response.status == 200, (response.status, data)
+        return json.loads(data)
+
+    def attempt(self, task: str, number: int) -> None:
+        """Metadata `attempt`, as the process of an attempt writes it first."""
+        self.metadata(task, "attempt", str(number), number)
+
+    def done(self, task: str, number: int, ok: bool = True) -> None:
+        """What a process writes when its attempt is over."""
+        self.metadata(task, "attempt_ok", str(ok), number)
+        self.metadata(task, "attempt-done", str(number), number)
+
+    def metadata(self, task: str, field: str, value: str, attempt: int = 0) -> None:
+        """One record of the task."""
+        row = {"field_name": field, "value": value, "type": field, "user_name": "u", "tags": [f"attempt_id:{attempt}"]}
+        self("POST", f"{task}/metadata", [row])
+
+    def close(self, rudely: bool = False) -> float:
+        """Ends the connection; rudely: with a reset."""
+        if rudely:
+            assert self.connection.sock is not None
+            self.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        return time.monotonic()
+
+
+class Bare:
+    """A run with one task, made on a `runtime` connection, its first attempt begun on a `worker` connection."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        client("POST", "/flows/F", {"user_name": "u", "tags": [], "system_tags": []})
+        self.runtime, self.worker = Speaker(client), Speaker(client)
+        body = {"user_name": "u", "tags": [], "system_tags": []}
+        self.number = str(self.runtime("POST", "/flows/F/run", body)["run_number"])
+        self.path = f"/flows/F/runs/{self.number}"
+        self.runtime("POST", f"{self.path}/steps/start/step", body)
+        self.task = str(self.runtime("POST", f"{self.path}/steps/start/task", body)["task_id"])
+        self.name = api_path(f"F/{self.number}/start/{self.task}")
+        self.worker.attempt(self.name, 0)
+
+    @property
+    def now(self) -> Seen:
+        """How it looks."""
+        return Seen(self.client, "F", self.number)
+
+    @property
+    def pathspec(self) -> str:
+        return f"F/{self.number}"
+
+
+@pytest.fixture
+def bare(service: Client) -> Bare:
+    return Bare(service)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("rudely", [False, True])
+def test_the_last_connection_decides(bare: Bare, rudely: bool) -> None:
+    second = Speaker(bare.client)
+    second.attempt(bare.name, 0)  # a second connection of the same process, from its pool
+    bare.worker.close(rudely)
+    time.sleep(0.3)
+    assert bare.now.task() == "running"
+    clock = time.time()
+    seen = soon(bare.client, bare.pathspec, lambda s: s.task() == "failed", second.close(rudely))
+    assert seen.run == "running" and died_at_once(seen.rows["start", 0], clock)
+    soon(bare.client, bare.pathspec, lambda s: s.run == "failed", bare.runtime.close(rudely))
+
+
+@pytest.mark.core
+def test_what_speaks_for_nothing(bare: Bare) -> None:
+    """GET, PATCH, other metadata, artifacts: their connection may close, and may not hold up a death."""
+    others = [Speaker(bare.client) for _ in range(2)]
+    for other in others:
+        other("GET", bare.path)
+        other("GET", f"{bare.path}/steps/start/tasks")
+        other("PATCH", f"{bare.path}/tag/mutate", {"tags_to_add": [f"t{id(other)}"]})
+        other.metadata(bare.name, "origin-run-id", "1")
+        other.metadata(bare.name, "attempt-done", "no number")
+        other("POST", f"{bare.name}/artifact", [{"name": f"a{id(other)}",
+              "location": "x", "ds_type": "local", "sha": "0", "type": "metaflow.artifact",
+              "content_type": "text", "attempt_id": 0, "user_name": "u"}])  # fmt: skip
+    others[0].close()
+    time.sleep(0.3)
+    # attempt-done ends the attempt by what the client said, not by the connection
+    assert bare.now.run == "running"
+    soon(bare.client, bare.pathspec, lambda s: s.run == "failed", bare.runtime.close())
+    assert others[1]("GET", bare.path)["run_number"] == int(bare.number)
+
+
+def test_a_reader_neither_ends_nor_holds_up_a_task(bare: Bare) -> None:
+    reader, other = Speaker(bare.client), Speaker(bare.client)
+    for speaker in (reader, other):
+        speaker("GET", bare.name)
+        speaker.metadata(bare.name, "origin-task-id", "7")
+    other.close()
+    time.sleep(0.3)
+    assert bare.now.task() == "running"
+    soon(bare.client, bare.pathspec, lambda s: s.task() == "failed", bare.worker.close())
+    reader("GET", bare.path)
+
+
+def test_step_and_task_speak_for_the_run(bare: Bare) -> None:
+    """A second runtime connection that has made a step, and a third that has made a task, keep the run alive."""
+    body = {"user_name": "u", "tags": [], "system_tags": []}
+    second, third = Speaker(bare.client), Speaker(bare.client)
+    second("POST", f"{bare.path}/steps/other/step", body)
+    bare.runtime.close()
+    time.sleep(0.2)
+    assert bare.now.run == "running"
+    third("POST", f"{bare.path}/steps/other/task", body)
+    second.close()
+    time.sleep(0.2)
+    assert bare.now.run == "running"
+    soon(bare.client, bare.pathspec, lambda s: s.run == "failed", third.close())
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_finished_task_keeps_its_connection(bare: Bare, ok: bool) -> None:
+    bare.worker.done(bare.name, 0, ok)
+    expected = "completed" if ok else "failed"
+    seen = bare.now
+    assert seen.task() == expected
+    bare.worker.close()
+    time.sleep(0.3)
+    assert bare.now.rows["start", 0] == {**seen.rows["start", 0], "last_heartbeat_ts": ANY}
+    assert bare.now.run == "running"
+
+
+class _Any:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+ANY = _Any()
+
+
+def test_the_next_attempt_brings_it_back(bare: Bare) -> None:
+    soon(bare.client, bare.pathspec, lambda s: s.task() == "failed", bare.worker.close())
+    again = Speaker(bare.client)
+    again.attempt(bare.name, 1)
+    seen = bare.now
+    assert (seen.task(), seen.task(attempt=1), seen.run) == ("failed", "running", "running")
+    again.done(bare.name, 1)
+    seen = bare.now
+    assert (seen.task(), seen.task(attempt=1)) == ("failed", "completed")
+
+
+def test_a_dead_run_that_speaks_again_is_alive(bare: Bare) -> None:
+    body = {"user_name": "u", "tags": [], "system_tags": []}
+    soon(bare.client, bare.pathspec, lambda s: s.run == "failed", bare.runtime.close())
+    again = Speaker(bare.client)
+    again("POST", f"{bare.path}/steps/more/step", body)
+    assert bare.now.run == "running"
+
+
+def test_a_connection_that_the_service_closes_proves_nothing(bare: Bare) -> None:
+    """A request that ends the connection by our own decision."""
+    assert bare.worker.connection.sock is not None
+    bare.worker.connection.sock.sendall(b"nonsense\r\n\r\n")
+    assert b" 400 " in bare.worker.connection.sock.recv(4096)
+    assert bare.worker.connection.sock.recv(4096) == b""
+    bare.worker.close()
+    time.sleep(0.3)
+    assert bare.now.task() == "running"
+
+
+def test_the_heartbeat_follows_the_connection(bare: Bare) -> None:
+    path = bare.name
+    first = bare.client.get(path)["last_heartbeat_ts"]
+    assert abs(first - time.time()) < 2
+    wait_for(lambda: bare.client.get(path)["last_heartbeat_ts"] > first, 3)
+    wait_for(lambda: bare.client.get(bare.path)["last_heartbeat_ts"] > first, 3)
+    bare.worker.close()
+    time.sleep(0.2)
+    last = bare.client.get(path)["last_heartbeat_ts"]
+    time.sleep(1.2)
+    assert bare.client.get(path)["last_heartbeat_ts"] == last
+
+
+def test_heartbeats_bring_a_lost_task_back(bare: Bare) -> None:
+    """A client with sidecars: once it beats, its beats decide and not its connections."""
+    soon(bare.client, bare.pathspec, lambda s: s.task() == "failed", bare.worker.close())
+    answer = bare.client.post(f"{bare.name}/heartbeat", {})
+    assert json.loads(answer)["wait_time_in_seconds"] == 10
+    seen = bare.now
+    assert (seen.task(), seen.run) == ("running", "running")
+    bare.runtime.close()
+    time.sleep(0.3)
+    assert bare.now.run == "running"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_lost_survives_a_restart_and_the_living_too(
+    make_service: Callable[..., Client], tmp_path: Path, number: int
+) -> None:
+    """What had died stays dead with the same times; whose connection the daemon itself has cut is not dead."""
+    client = make_service(tmp_path)
+    dead, living = Bare(client), Bare(client)
+    dead.worker.close()
+    soon(client, dead.pathspec, lambda s: s.run == "failed", dead.runtime.close())
+    before = dead.now
+    os.kill(client.pid, number)  # type: ignore[attr-defined]
+    wait_for(lambda: not running(client.pid))  # type: ignore[attr-defined]
+    again = make_service(tmp_path)
+    after = Seen(again, "F", dead.number)
+    assert after.rows == before.rows and after.run_row == before.run_row and after.run == "failed"
+    seen = Seen(again, "F", living.number)
+    assert (seen.run, seen.task()) == ("running", "running")
+
+
+def test_local_mode_reads_what_was_lost(bare: Bare) -> None:
+    """What mflocal notes about a death is not in the way of local mode."""
+    soon(bare.client, bare.pathspec, lambda s: s.task() == "failed", bare.worker.close())
+    code = (
+        "from metaflow import Run, namespace; namespace(None); r = Run(%r); "
+        "print([t.id for t in r['start']], r.finished, len(r['start'].task.metadata))" % bare.pathspec
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=bare.client.root, env=clean_env(), text=True,
+                          stdout=subprocess.PIPE, timeout=60)  # fmt: skip
+    assert done.stdout.strip() == f"['{bare.task}'] False 1"
