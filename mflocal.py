@@ -7435,12 +7435,12 @@ def register_metadata_routes(router: Router, api: MetadataApi) -> None:
 COALESCE = 0.05  # s for which changes are collected: what one request writes about one task is one frame
 WATCH_INTERVAL = 1.0  # s between two looks at what local mode writes, while somebody subscribes
 JUDGE_INTERVAL = 2.0  # s after which a running run is judged again: heartbeats grow old without an event
-JUDGE_FAILED = 5.0  # s likewise for a failed one, which may come back (a machine that slept, a very long step)
-WATCHED_RUNS = 30  # newest runs per flow that are judged for the lists of runs: as many as a page of the UI shows
+JUDGE_FAILED = 5.0  # s likewise for a failed one, which may come back (a machine that slept, a long step)
+WATCHED_RUNS = 30  # newest runs per flow that are judged for the lists of runs: a page of the UI
 LOOK_COMPLETED = 15.0  # s between two looks at the files of a completed run that somebody has open
 SETTLED_AFTER = 10_000  # ms after which the directory of a finished task is not looked at any more
 REPLAY_SECONDS = 300  # how far back `since` goes, as in the real service
-RUN_AT_ONCE = 300  # tasks up to which a run is judged with every event; the larger ones once per WATCH_INTERVAL
+RUN_AT_ONCE = 300  # tasks up to which a run is judged with every event; larger ones once per WATCH_INTERVAL
 SENT_KEPT = 50_000  # rows of which it is remembered what was sent last
 WS_MAX_RESOURCE = 8 * KIB  # characters of a subscription's resource, as a request line
 WS_MAX_UUID = 256  # characters of a subscription's uuid; it is repeated in every frame
@@ -7809,12 +7809,12 @@ async def _label_of(store: Store, settings: Settings, task: TaskNode, facts: Tas
     memo = task.memo
     if memo.label is not None:
         return str(memo.label)
-    if facts.foreach_stack is None:
-        if _is_over(facts):
+    over, label = _is_over(facts), None
+    if facts.foreach_stack is None and (not over or _tells_foreach(task.run)):
+        if over:
             memo.label = ""
         return ""
-    label = None
-    for record in await store.metadata(task):
+    for record in await store.metadata(task) if facts.foreach_stack is not None else []:
         if record.get("field_name") == "foreach-execution-path":
             label = foreach_label(task.id, execution_path=record.get("value"))
             break
@@ -7824,9 +7824,21 @@ async def _label_of(store: Store, settings: Settings, task: TaskNode, facts: Tas
                 value = await in_thread(read_artifact, settings.metaflow_dir, record)
                 label = foreach_label(task.id, stack=value.value)
                 break
-    if label is not None or _is_over(facts):
+    if label is not None or over:
         memo.label = label or ""
     return label or ""
+
+
+_METAFLOW_VERSION = re.compile(r"metaflow_version:(\d+)\.(\d+)\.(\d+)").match
+
+
+def _tells_foreach(run: RunNode) -> bool:
+    """Whether the run's Metaflow writes the foreach stack of every task as metadata: from 2.14.1 on."""
+    for tag in _list_of(run.self_record, "system_tags"):
+        found = _METAFLOW_VERSION(tag) if isinstance(tag, str) else None
+        if found:
+            return tuple(int(part) for part in found.groups()) >= (2, 14, 1)
+    return False
 
 
 def ui_metadata_row(record: Record) -> Record:
@@ -8332,7 +8344,7 @@ class Subscriptions:
             await self._tell_parameters(node)
 
     def _differs(self, key: Tuple[str, Any], row: Record, quiet: bool = False) -> bool:
-        """Whether to tell a row: it is another than the last one, but for what only counts time; remembers it.
+        """Whether to tell a row: it differs from the last one, but for what only counts time; remembers it.
 
         What subscribers could only read for themselves counts as told when nothing is known to have changed
         (`quiet`), but not after an event: they may have read it before.
@@ -8847,7 +8859,7 @@ async def ui_socket(subscriptions: Subscriptions, socket: UiSocket) -> None:
 # ---- 13. UI API: what the official Metaflow UI asks (metaflow-service, its UI backend) ----
 API_PREFIX = "/api"  # the UI's default place for its API on its own origin
 LOG_LIMIT, MAX_LOG_LIMIT = 1000, 10_000  # rows of a log page, as the UI backend has them
-COMPLETED_TASKS = 25  # tasks per step whose artifact names are offered for completion: a step's tasks hardly differ
+COMPLETED_TASKS = 25  # tasks per step whose artifact names are offered for completion: they hardly differ
 WIDE_RUN = 200  # rows of tasks from which on a list of them is kept for the next page
 SEARCH_SLICE = 50  # artifacts read at once by a search, between two messages of progress
 CONFIG_FILE_BYTES = 4 * MIB  # of a notifications, links or plugins file
@@ -9324,7 +9336,7 @@ class UiApi:
         task = self._card_task(request)
         if task is None:
             return json_response({"data": []}, 404)
-        cards = await in_thread(list_cards, self.settings.metaflow_dir, task, _card_roots())
+        cards = await in_thread(list_cards, self.settings.metaflow_dir, task, _card_roots(self.settings))
         page, limit = parse_page(request.args(), default_limit=MAX_PAGE_LIMIT)
         limit = limit or max(len(cards), 1)
         last = max(-(-len(cards) // limit), 1)
@@ -9334,7 +9346,11 @@ class UiApi:
     async def get_card(self, request: Request) -> Response:
         """GET .../cards/{hash}: the card's HTML."""
         task, name = self._card_task(request), request.params["hash"]
-        html = await in_thread(card_html, self.settings.metaflow_dir, task, name, _card_roots()) if task else None
+        html = (
+            await in_thread(card_html, self.settings.metaflow_dir, task, name, _card_roots(self.settings))
+            if task
+            else None
+        )
         if html is None:
             text = (
                 "There is no such card yet. It may still be in the making: try again."
@@ -9347,7 +9363,11 @@ class UiApi:
     async def get_card_data(self, request: Request) -> Response:
         """GET .../cards/{hash}/data: what a card that changes while its task runs shows now."""
         task, name = self._card_task(request), request.params["hash"]
-        data = await in_thread(card_data, self.settings.metaflow_dir, task, name, _card_roots()) if task else None
+        data = (
+            await in_thread(card_data, self.settings.metaflow_dir, task, name, _card_roots(self.settings))
+            if task
+            else None
+        )
         if data is None:
             return json_response({"error": "there is no data for this card yet"}, 404)
         return json_response(data)
@@ -9490,10 +9510,13 @@ async def _pieces(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
             close()
 
 
-def _card_roots() -> List[str]:
-    """Where cards are besides .metaflow/mf.cards."""
+def _card_roots(settings: Settings) -> List[str]:
+    """Where cards are besides .metaflow/mf.cards.
+
+    With METAFLOW_CARD_LOCALROOT set, Metaflow 2.19 writes them into the datastore itself.
+    """
     named = os.environ.get("METAFLOW_CARD_LOCALROOT")
-    return [named] if named else []
+    return [settings.metaflow_dir, *([named] if named else [])]
 
 
 def read_json_list(path: Optional[str]) -> List[Record]:
@@ -11516,7 +11539,9 @@ def client_environment(settings: Settings, state: State, config: ClientConfig) -
         # Metadata, artifacts and cards must not part ways.
         if config.get("METAFLOW_DATASTORE_SYSROOT_LOCAL") is None:
             env["METAFLOW_DATASTORE_SYSROOT_LOCAL"] = settings.root
-        if config.get("METAFLOW_CARD_LOCALROOT") is None:
+        # Cards go to the nearest .metaflow unless told otherwise; and told, Metaflow 2.19 cannot read them itself.
+        parted = nearest_metaflow_dir(os.getcwd()) != settings.metaflow_dir
+        if parted and config.get("METAFLOW_CARD_LOCALROOT") is None:
             env["METAFLOW_CARD_LOCALROOT"] = os.path.join(settings.metaflow_dir, "mf.cards")
     return env
 

@@ -41,6 +41,11 @@ def client_of(root: Path) -> Client:
     return Client("http://127.0.0.1:%d" % daemon_state(root)["port"], root)
 
 
+def flow_env(**extra: str) -> dict[str, str]:
+    """The environment of a flow: @parallel and @card start further processes as `python`, which must be this one."""
+    return clean_env(**{"PATH": os.pathsep.join([str(Path(PYTHON).parent), os.environ["PATH"]]), **extra})
+
+
 def running(pid: int) -> bool:
     """Whether the process is there (a zombie is not)."""
     try:
@@ -65,7 +70,7 @@ class Started:
         self.notes.mkdir(exist_ok=True)
         self.log = project / f"output{name}.txt"
         words = [PYTHON, str(MODULE), "run", *options, *command]
-        self._start(words, clean_env(NOTES=str(self.notes), **env))
+        self._start(words, flow_env(NOTES=str(self.notes), **env))
 
     def _start(self, words: list[str], env: dict[str, str]) -> None:
         with open(self.log, "wb") as log:
@@ -117,7 +122,7 @@ class Plain(Started):
         self.log = project / f"output{name}.txt"
         script = 'eval "$("$0" "$1" env -q)" && shift && exec "$@"'
         words = ["sh", "-c", script, PYTHON, str(MODULE), *command]
-        self._start(words, clean_env(NOTES=str(self.notes), **env))
+        self._start(words, flow_env(NOTES=str(self.notes), **env))
 
 
 class Seen:

@@ -135,14 +135,14 @@ def test_kill_9_of_the_whole_group_and_it_stays_so(project: Path, start: Start) 
 
 def test_kill_9_of_the_wrapper_alone(project: Path, start: Start) -> None:
     """The flow goes on without it, and the daemon, though nothing asks it, stays."""
-    run = start("live_sleep.py", "run", options=("--idle-timeout", "1"))
+    run = start("live_sleep.py", "run", options=("--idle-timeout", "2"))
     _, runtime, pathspec = run.note("start-0")
     client = client_of(project)
     with Watch(client, "LiveSleep") as watch:
         kill(run.process.pid)
         run.wait()
         wait_for(lambda: watch.looks > 5)
-    time.sleep(2.5)  # longer than the idle timeout, without a request
+    time.sleep(3.5)  # longer than the idle timeout, without a request
     seen = see(client, pathspec)
     assert (seen.run, seen.task()) == ("running", "running") and not watch.ever("failed")
     told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
@@ -238,7 +238,7 @@ def test_wide_foreach(project: Path, start: Start, width: int) -> None:
     _, _, pathspec = run.note("work-0-0")
     client = client_of(project)
     with Watch(client, "LiveMany") as watch:
-        finished = f"/api/flows/{'/'.join(pathspec.split('/')[:2])}/steps/work/tasks?status=completed&_limit=1000"
+        finished = "/api/flows/%s/runs/%s/steps/work/tasks?status=completed&_limit=1000" % tuple(pathspec.split("/")[:2])
         wait_for(lambda: len(client.get(finished)["data"]) == width - 1, 120)
         seen = see(client, pathspec)
         assert seen.run == "running"
@@ -708,6 +708,26 @@ def test_the_next_attempt_brings_it_back(bare: Bare) -> None:
     again.done(bare.name, 1)
     seen = bare.now
     assert (seen.task(), seen.task(attempt=1)) == ("failed", "completed")
+
+
+def test_a_task_that_outlives_its_run_does_not_raise_it(bare: Bare) -> None:
+    """Neither its beats, while its connection is open, nor its own death make the failed run look running again."""
+    seen = soon(bare.client, bare.pathspec, lambda s: s.run == "failed", bare.runtime.close())
+    assert seen.task() == "running"
+    time.sleep(5.5)  # the beats of what is open are noted every 5 s
+    assert (bare.now.run, bare.now.task()) == ("failed", "running")
+    after = soon(bare.client, bare.pathspec, lambda s: s.task() == "failed", bare.worker.close())
+    assert after.run == "failed" and bare.now.run == "failed"
+
+
+def test_a_run_and_its_task_die_in_two_different_seconds(bare: Bare) -> None:
+    time.sleep(1 - time.time() % 1 + 0.9)
+    bare.runtime.close()
+    time.sleep(0.2)
+    bare.worker.close()
+    soon(bare.client, bare.pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    time.sleep(0.5)
+    assert (bare.now.run, bare.now.task()) == ("failed", "failed")
 
 
 def test_a_dead_run_that_speaks_again_is_alive(bare: Bare) -> None:

@@ -335,6 +335,33 @@ def test_boolean_columns():
         passing("", "maybe")
 
 
+def test_limits_of_filters_are_exact():
+    for count, fits in ((1000, True), (1001, False)):
+        for args in ([("user:co", "x" * count)], [("user:li", "x" * count)], [("user", ",".join("x" * count))],
+                     [("_tags", ",".join("x" * count))]):  # fmt: skip
+            if fits:
+                assert filter_rows([{"user": "y"}], parse_filters(args, UI_COLUMNS["runs"])) == []
+            else:
+                with pytest.raises(Problem):
+                    parse_filters(args, UI_COLUMNS["runs"])
+    assert compile_pattern("x" * 512)("x" * 512)
+    for number in ("9223372036854775807", "-9223372036854775808", " +5 "):
+        parse_filters([("ts_epoch", number)], UI_COLUMNS["runs"])
+    for number in ("9223372036854775808", "-9223372036854775809", "5 5"):
+        with pytest.raises(Problem):
+            parse_filters([("ts_epoch", number)], UI_COLUMNS["runs"])
+
+
+def test_ids_are_found_as_text_and_as_numbers():
+    def ids(value):
+        return [r["run_id"] for r in filter_rows([{"run_id": i} for i in (7, "7", 0, "07")],
+                                                 parse_filters([("run_id", value)], UI_COLUMNS["steps"]))]  # fmt: skip
+
+    assert ids("7") == [7, "7"]
+    assert ids("0") == [0]
+    assert ids("07") == ["07"]
+
+
 def test_filtering_in_slices_is_the_same():
     filters = parse_filters([("status", "completed"), ("flow_id:co", "l")], UI_COLUMNS["runs"])
     slices = [filter_rows(UI_RUNS[i : i + 5], filters) for i in range(0, len(UI_RUNS), 5)]
@@ -429,6 +456,13 @@ def test_patterns_agree_with_re():
         ("a\\Z", "a\n", False),
         (r"(?a:\w)(?u:\w)", "e\u00e9", True),
         (r"(?a:\w)", "\u00e9", False),
+        ("(?m)a\n^b", "a\nb", True),
+        ("a\n^b", "a\nb", False),
+        ("(?m)a ^b", "a b", False),
+        ("(?m)a$\nb", "a\nb", True),
+        (r"a \bb", "a b", True),
+        (r"a\bb", "ab", False),
+        (r"a\Bb", "ab", True),
     ],
 )
 def test_patterns_of_the_ui(pattern, text, found):

@@ -24,7 +24,7 @@ E_ACUTE = "e\u0301"  # two code points
         ("Flow", True), ("_x", True), ("Größe", True), ("流れ", True), ("a" * 255, True), ("é" * 127, True),
         ("", False), ("1a", False), ("a b", False), ("a-b", False), (".", False), ("..", False), ("a/b", False),
         ("a.b", False), (".mflocal", False), ("mf.cards", False), ("a\0", False), ("a\n", False), ("*", False),
-        ("a" * 256, False), ("é" * 128, False), ("\ud800", False), ("~", False),
+        ("a" * 256, False), ("é" * 128, False), ("\ud800", False), ("~", False), ("_meta", False),
     ],
 )  # fmt: skip
 def test_flow_and_step_names_are_identifiers_that_fit_a_file_name(text: str, good: bool) -> None:
@@ -38,6 +38,7 @@ def test_flow_and_step_names_are_identifiers_that_fit_a_file_name(text: str, goo
         ("x" * 128, True), ("-1", True), ("1.0", True), ("NULL", True),
         ("", False), (".", False), ("..", False), ("a/b", False), ("a b", False), ("a\0b", False), ("a\n", False),
         ("x" * 129, False), ("é", False), ("²", False), ("١", False), ("a*", False), ("[a]", False), ("a\\b", False),
+        ("_meta", False), ("data", False), ("latest_run", False), ("_Meta", True), ("data-1", True),
     ],
 )  # fmt: skip
 def test_run_and_task_ids(text: str, good: bool) -> None:
@@ -274,9 +275,9 @@ def test_metadata_bodies_that_are_refused(body: Any, named: str) -> None:
 
 def test_numbers_that_json_cannot_hold_never_reach_a_record() -> None:
     """1e999 is good JSON and becomes infinity in Python; json.dumps would write `Infinity`, which is none."""
-    for value in (mflocal.loads(b"1e999"), [mflocal.loads(b"-1e999")]):
+    for body in (b'[{"field_name": "f", "value": 1e999}]', b'[{"field_name": "f", "value": ["a", -1e999]}]'):
         try:
-            rows = mflocal.metadata_body([{"field_name": "f", "value": value}])
+            rows = mflocal.metadata_body(mflocal.loads(body))
         except Problem as problem:
             assert problem.status == 400
             continue

@@ -109,6 +109,8 @@ ATTEMPTS = [
     # the run has ended
     ("run ended", task(began(T)), {"run_ended": True, "run_finished_at": T + 99}, [(F, T, T + 99, 99)]),
     ("run ended, moment unknown", task(began(T), changed=T + 77), {"run_ended": True}, [(F, T, T + 77, 77)]),
+    ("run ended, moment unknown, no file but the start", task(began(T + 50)), {"run_ended": True},
+     [(F, T + 50, T + 50, 0)]),
     ("run ended, fresh heartbeat", task(began(T), beat=FRESH), {"run_ended": True, "run_finished_at": NOW},
      [(F, T, NOW, HOUR)]),
     ("run ended, task never started", task(), {"run_ended": True, "run_finished_at": T + 99},
@@ -136,6 +138,8 @@ ATTEMPTS = [
      {"run_ended": False}, [(R, NOW - 3 * DAY, None, 3 * DAY)]),
     ("local, silent for a day, run unknown", task(began(NOW - DAY - 1), created=NOW - DAY - 2), {},
      [(F, NOW - DAY - 1, NOW - DAY - 1, 0)]),
+    ("local, silent for just a day", task(began(NOW - DAY), created=NOW - DAY), {},
+     [(R, NOW - DAY, None, DAY)]),
     ("local, silent for a day but for one file", task(began(NOW - 3 * DAY), changed=NOW - HOUR), {},
      [(R, NOW - 3 * DAY, None, 3 * DAY)]),
     ("local, shorter cutoff", task(began(T), changed=T + 50), {"local_cutoff": 300}, [(F, T, T + 50, 50)]),
@@ -245,6 +249,11 @@ RUNS = [
      failed(T + 7_002)),
     ("gone, known from disk only", [START, SLEEPING], SOON, {"lost_at": GONE_AT}, failed(GONE_AT)),
     ("gone, moment unknown", [START, FAILED], SOON, {"alive": False}, failed(T + 5_002)),
+    ("gone, moment unknown, nothing finished", [SLEEPING], SOON, {"alive": False}, failed(T + 4_000)),
+    ("gone, moment unknown, beaten", [SLEEPING], SOON, {"alive": False, "heartbeat": sec(T + 9_000)},
+     failed(T + 9_000)),
+    ("gone, moment unknown, no tasks", [], SOON, {"alive": False}, failed(T)),
+    ("gone in the moment a task began", [SLEEPING], SOON, {"lost_at": T + 4_000}, failed(T + 4_000)),
     ("gone, resumed", [START, SLEEPING], SOON, {"alive": True, "lost_at": T + 3_000}, RUNNING_SOON),
     ("gone, resumed by somebody unseen", [START, SLEEPING], SOON, {"alive": False, "lost_at": T + 3_000},
      RUNNING_SOON),
@@ -254,6 +263,8 @@ RUNS = [
     ("fresh heartbeat", [START, SLEEPING], NOW, {"heartbeat": FRESH}, (R, None, HOUR)),
     ("a task's heartbeat counts", [("slow", task(began(T), beat=FRESH))], NOW, {"heartbeat": sec(T)},
      (R, None, HOUR)),
+    ("the newest heartbeat counts", [("a", task(beat=FRESH)), ("b", task(beat=STALE))], NOW, {}, (R, None, HOUR)),
+    ("heartbeat older than the run", [], T + 60_000, {"heartbeat": sec(T - 1_000)}, (R, None, 60_000)),
     ("heartbeat at the cutoff", [START, SLEEPING], NOW, {"heartbeat": sec(NOW - 60_000)}, (R, None, HOUR)),
     ("heartbeats stopped", [START, SLEEPING], NOW, {"heartbeat": STALE}, failed(STALE * 1000)),
     ("heartbeats stopped, no tasks", [], NOW, {"heartbeat": sec(T)}, failed(T)),
@@ -284,6 +295,7 @@ RUNS = [
     ("local, waits for its first start", [START, WAITING], NOW, {}, (R, None, HOUR)),
     ("local, between two tasks", [PARAMETERS, START], T + 60_000, {}, (R, None, 60_000)),
     ("local, nothing unfinished for 5 minutes", [PARAMETERS, START], T + 400_000, {}, failed(T + 3_002)),
+    ("local, a long task finished just now", [("start", task(ran(T, NOW - 99_000)))], NOW, {}, (R, None, HOUR)),
     ("local, nothing ever came", [], NOW, {}, failed(T)),
     ("local, failed a moment ago, may be retried", [START, FAILED], SOON, {}, RUNNING_SOON),
     ("local, failed and silent", [START, FAILED], LATER, {}, failed(T + 5_002)),
@@ -329,6 +341,22 @@ def test_newest_attempt_ok_of_the_end_step_counts():
     assert run_status(T, summarize(two_tasks), NOW) == failed(T + 9_000)
 
 
+def test_order_of_attempts_on_disk_does_not_matter():
+    """Attempts are found in the order of file names, 10 before 2."""
+    for name in ("end", "boom"):
+        for fields in ((ran(T, T + 9, False), began(T + 20)), (began(T), {"done_at": T + 9}), (ran(T, T + 9), None)):
+            straight, turned = task(*fields), task(*fields)
+            turned.attempts = dict(reversed(list(straight.attempts.items())))
+            one, other = summarize([(name, straight)]), summarize([(name, turned)])
+            for slot in one.__slots__:
+                assert getattr(one, slot) == getattr(other, slot), slot
+
+
+def test_end_step_begun_in_the_moment_of_its_failure_has_failed():
+    facts = task(ran(T, T + 9_000, False), began(T + 9_000))
+    assert run_status(T, summarize([("end", facts)]), SOON).status == F
+
+
 @pytest.mark.parametrize(
     "tasks, settled",
     [([], False), ([END_OK], True), ([END_BAD], True), ([END_RETRIED], False), ([FAILED], False)],
@@ -369,6 +397,7 @@ STEPS = [
     (R, [task(ran(T, T + 700)), task(began(T))], {"running": True}, HOUR),
     ("heartbeat later than the finish", [task(ran(T, T + 700), beat=sec(T + 3_000))], {}, 3_000),
     ("heartbeat only", [task(began(T), beat=sec(T + 9_000))], {}, 9_000),
+    ("newest heartbeat", [task(beat=sec(T + 9_000)), task(beat=sec(T + 3_000))], {}, 9_000),
     ("one without hides no other", [task(began(T)), task(began(T), beat=sec(T + 9_000))], {}, 9_000),
     ("lost", [task({"started_at": T, "lost_at": T + 77})], {}, 77),
     ("_task_ok only", [task({"task_ok_at": T + 70})], {}, 70),

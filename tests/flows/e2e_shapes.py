@@ -26,6 +26,10 @@ class ShapesFlow(FlowSpec):
     def merge(self, inputs):
         self.sides = sorted(branch.side for branch in inputs)
         self.right_attempt = inputs.right.attempt
+        self.next(self.spread)
+
+    @step
+    def spread(self):
         self.items = ["a", "b", "c"]
         self.next(self.each, foreach="items")
 
