@@ -7,17 +7,12 @@ only sections above it. See docs/architecture.md.
 
 from __future__ import annotations
 
-import array
-import base64
 import codecs
 import contextlib
 import datetime
 import errno
 import fcntl
 import functools
-import gzip
-import hashlib
-import heapq
 import importlib
 import itertools
 import json
@@ -33,7 +28,6 @@ import struct
 import sys
 import threading
 import time
-import traceback
 import warnings
 import zlib
 from collections import OrderedDict, deque
@@ -64,7 +58,13 @@ from typing import (
     TypeVar,
     Union,
 )
-from urllib.parse import quote
+
+# What only the daemon needs is imported where it is used: `mflocal status` should not wait for it.
+if TYPE_CHECKING:
+    import array
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
 
 # ---- 1. Settings: limits, flags and environment, which .metaflow ----
 
@@ -120,6 +120,103 @@ MAX_RESTARTS = 3  # times in RESTART_WINDOW that `run` brings a dead daemon back
 RESTART_WINDOW = 60.0  # s
 LOG_BYTES = 1 * MIB  # size at which daemon.log becomes daemon.log.1
 MAX_STATE_FILE = 64 * KIB  # daemon.json is < 2 KiB; more is not ours
+
+# The store.
+RECORD_LIMIT = 64 * MIB  # one JSON file of the tree; a metadata value of a full body is 16 MiB, escaped more
+WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a time
+RACY_NS = 50_000_000  # a directory changed so recently may change again within one tick of its mtime
+RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
+ROWS_KEPT = 20_000  # metadata and artifact records kept in memory, about 1 KiB each
+SIGNS_FILE = "_mflocal.json"  # in a run's or task's `_meta`; local mode reads only _self, sysmeta_* and N_artifact_*
+
+# Status.
+LOCAL_IDLE_CUTOFF = 300.0  # the same when no task is unfinished, or one has failed: longer than cards take
+FAILED_CUTOFF = 30.0  # s without a heartbeat after a failed task: two beats missed, no retry begun
+MAX_TASK_ATTEMPTS = 6  # Metaflow never starts a seventh attempt (its MAX_ATTEMPTS)
+FALLBACK_ATTEMPTS = 3  # attempts that @catch adds to those of @retry (its NUM_FALLBACK_RETRIES)
+
+# Queries.
+MAX_FILTER_VALUES = 1000  # values of one filter: a URL of 8 KiB holds no more useful ones
+MAX_LIKE = 1000  # characters of a value with wildcards
+MAX_PATTERN_NODES = 400  # states of a client's regular expression, after x{m,n} is written out
+MAX_PATTERN_TEXT = 100_000  # characters of a text that a regular expression looks at
+MAX_PATTERN_WORK = 200_000  # states visited for one text (about 0.1 s); met only by hostile patterns
+MAX_PATTERN_CACHE = 20_000  # transitions kept per pattern (about 2 MiB)
+
+# Readers of the datastore.
+# Of one pickle that is read for display or search (the real service: 4 KiB); 500 characters are shown at
+# once.
+ARTIFACT_BYTES = 1024 * 1024
+ARTIFACT_PAGE_BYTES = 8 * 1024 * 1024  # of all contents of one answer; the UI asks for 50 artifacts at once
+# Characters of one str(value): shared parts make a text exponentially longer than its pickle.
+ARTIFACT_TEXT = 2 * 1024 * 1024
+ARTIFACT_SECONDS = 2.0  # for building one value: keys with equal hashes make sets and dicts quadratic
+PARAMETER_BYTES = 64 * 1024  # of one parameter: all of them go out at once, in every preview and by WebSocket
+GRAPH_BYTES = 8 * 1024 * 1024  # of a `_graph_info`: 10,000 steps are about 4 MiB
+PICKLE_STEPS = 600_000  # instructions of one pickle: with the next one, 70 MB for a moment in the worst case
+PICKLE_OBJECTS = 300_000  # of them that make a container or a memo entry (an empty set takes 216 bytes)
+# 4,300 decimal digits, CPython's own limit: a longer one takes quadratic time to print.
+PICKLE_NUMBER_BYTES = 1785
+PICKLE_KEY_DEPTH = 32  # of tuples in a dict key: hashing recurses in C without a check
+PICKLE_KEY_PARTS = 200_000  # parts of all keys together: shared parts are hashed again each time
+VALUE_DEPTH = 100  # of what is written as text or JSON; deeper is shown as ...
+VALUE_PARTS = 200_000  # values in one parameter or graph as JSON
+TASK_INDEX_BYTES = 16 * 1024 * 1024  # of one N.data.json: 50,000 artifacts
+TASK_INDEX_CACHE = 32  # of those kept in memory
+LOG_HEADER = 512  # bytes at the start of a line in which its mflog header must end; Metaflow writes 84
+LOG_LINE_BYTES = 1024 * 1024  # of one line in a page; the rest is in the download
+LOG_PAGE_BYTES = 16 * 1024 * 1024  # of all lines in a page; a page has up to 10,000 lines
+LOG_PAGE_ROWS = 100_000  # of one page, also for `_limit=0`, which means all
+LOG_INDEX_LINES = 4_000_000  # of one log; 16 bytes of memory each, about 500 MB of log
+LOG_CACHE_LINES = 4_000_000  # of all logs kept in memory: 64 MB, reached only by logs of 500 MB
+LOG_CACHE_ENTRIES = 32  # logs kept in memory
+CARD_BYTES = 64 * 1024 * 1024  # of one card's HTML or data; the HTML of an empty one is 1.1 MB
+CARD_LIMIT = 1000  # cards of one task; the real service's page has as many
+
+# HTTP out.
+MAX_CHUNK_EXTENSIONS = 16 * KIB  # bytes of chunk extensions in one body; nobody sends them, all are ignored
+# What Metaflow's client reads to choose its features; from 2.6.1 on it would switch to cursor paging.
+SERVICE_VERSION = "2.5.0"
+
+# Access.
+KEY_HEADER = "x-api-key"  # what Metaflow's client sends when METAFLOW_SERVICE_AUTH_KEY is set
+KEY_COOKIE = "mflocal_key"  # what a browser that opened the one-time URL sends; good for reading only
+KEYLESS_PATHS = frozenset(("/ping",))  # says nothing but that we live, to those who do not know the key yet
+PREFLIGHT_MAX_AGE = 600  # s that a browser may remember a preflight; the most that all of them honour
+
+# The metadata API.
+PATTERN_TIMEOUT = 2.0  # s for a pattern of filtered_tasks that might explode, in a process of its own
+LEASE_HEADER = "x-mflocal-lease"  # set by `mflocal run` through METAFLOW_SERVICE_HEADERS
+
+# Subscriptions.
+COALESCE = 0.05  # s for which changes are collected: what one request writes about one task is one frame
+WATCH_INTERVAL = 1.0  # s between two looks at what local mode writes, while somebody subscribes
+JUDGE_INTERVAL = 2.0  # s after which a running run is judged again: heartbeats grow old without an event
+JUDGE_FAILED = 5.0  # s likewise for a failed one, which may come back (a machine that slept, a long step)
+WATCHED_RUNS = 30  # newest runs per flow that are judged for the lists of runs: a page of the UI
+LOOK_COMPLETED = 15.0  # s between two looks at the files of a completed run that somebody has open
+SETTLED_AFTER = 10_000  # ms after which the directory of a finished task is not looked at any more
+UNNOTICED = 10  # s before `since` that are replayed too: the UI needs 7 s to notice that its socket is dead
+REPLAY_SECONDS = 300  # how far back `since` goes, as in the real service
+RUN_AT_ONCE = 300  # tasks up to which a run is judged with every event; larger ones once per WATCH_INTERVAL
+SENT_KEPT = 50_000  # rows of which it is remembered what was sent last
+WS_MAX_RESOURCE = 8 * KIB  # characters of a subscription's resource, as a request line
+WS_MAX_UUID = 256  # characters of a subscription's uuid; it is repeated in every frame
+FAILED_FOR_LONG = 600_000  # ms after which a failed run is judged again only every JUDGE_FAILED s
+READER_THREADS = 2  # for artifacts, logs and cards: disk and unpacking, both short
+
+# The UI API.
+API_PREFIX = "/api"  # the UI's default place for its API on its own origin
+COMPLETED_TASKS = 25  # tasks per step whose artifact names are offered for completion: they hardly differ
+WIDE_RUN = 200  # rows of tasks from which on a list of them is kept for the next page
+SEARCH_SLICE = 50  # artifacts read at once by a search, between two messages of progress
+CONFIG_FILE_BYTES = 4 * MIB  # of a notifications, links or plugins file
+PLUGIN_FILE_BYTES = 32 * MIB  # of one file of a plugin
+
+# The server.
+READ_SIZE = 64 * KIB  # one read of a socket; an asyncio stream holds at most twice that
+SIGNS_INTERVAL = 5.0  # s between two writes of the heartbeats; half of what Metaflow's client waits
+CONTROL_PREFIX = "/_mflocal/"  # the daemon's own routes (section 15)
 
 ENV_PREFIX = "METAFLOW_LOCAL_SERVICE_"
 HEARTBEAT_MODES = ("auto", "connection", "sidecar")
@@ -476,7 +573,7 @@ class Problem(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> Record:
-        """The JSON answer: {"id", "status", "title", "detail", "type"}; never a `data` key (the UI reads that as a log)."""
+        """The JSON answer; it never has a `data` key, which the UI would take for a log."""
         return {
             "id": self.id,
             "status": self.status,
@@ -503,7 +600,14 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-_decode = json.JSONDecoder(parse_constant=_no_constant).decode
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text:.40} is too large a number")
+    return value
+
+
+_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
 
 
 def loads(data: bytes) -> Any:
@@ -524,17 +628,18 @@ def loads(data: bytes) -> Any:
 # -- names. What passes here may become a file name; nothing else may.
 
 _RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}").fullmatch
+_RESERVED = frozenset((".", "..", "_meta", "data", "latest_run"))  # the last three are local mode's own
 _CONTROL = re.compile(r"[\x00-\x1f\x7f/]").search
 
 
 def is_flow_name(text: str) -> bool:
     """Flows and steps are Python identifiers whose directory name fits."""
-    return text.isidentifier() and len(text.encode("utf-8", "replace")) <= MAX_FILE_NAME
+    return text.isidentifier() and text != "_meta" and len(text.encode("utf-8", "replace")) <= MAX_FILE_NAME
 
 
 def is_run_id(text: str) -> bool:
     """Run and task ids: letters, digits and ._:- but neither `.` nor `..`."""
-    return _RUN_ID(text) is not None and text not in (".", "..")
+    return _RUN_ID(text) is not None and text not in _RESERVED
 
 
 def is_field_name(text: str, overhead: int) -> bool:
@@ -721,7 +826,7 @@ def metadata_body(value: Any) -> List[Record]:
             if row.get(key) is not None:
                 clean[key] = tag_list(row[key], f"{what}: {key}")
         name = clean.get("field_name", " ")
-        if not is_field_name(name, len("sysmeta__.json") + 15):
+        if not name or not is_field_name(name, len("sysmeta__.json") + 13):
             raise Problem(400, f"{what}: field_name {name!r:.80} cannot be a file name")
         rows.append(clean)
     return rows
@@ -914,12 +1019,6 @@ def wants_heartbeat(system_tags: Optional[List[str]]) -> bool:
 
 
 # ---- 3. Store: local mode's own files, read and written in place ----
-RECORD_LIMIT = 64 * MIB  # one JSON file of the tree; a metadata value of a full body is 16 MiB, escaped more
-WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a time
-RACY_NS = 50_000_000  # a directory changed so recently may change again within one tick of its mtime
-RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
-ROWS_KEPT = 20_000  # metadata and artifact records kept in memory, about 1 KiB each
-SIGNS_FILE = "_mflocal.json"  # in a run's or task's `_meta`; local mode reads only _self, sysmeta_* and N_artifact_*
 
 
 class AttemptFacts:
@@ -985,7 +1084,7 @@ class Signs:
 class FlowNode:
     """A flow's directory; `record` is its `_self.json`."""
 
-    __slots__ = ("name", "path", "record", "sig", "children", "dir_sig", "baseline")
+    __slots__ = ("name", "path", "record", "sig", "children", "dir_sig", "baseline", "listed")
 
     def __init__(self, root: str, name: str) -> None:
         self.name = name
@@ -993,6 +1092,7 @@ class FlowNode:
         self.record: Optional[Record] = None
         self.sig: Any = None
         self.children: Dict[str, RunNode] = {}
+        self.listed: Optional[List[RunNode]] = None
         self.dir_sig = 0
         self.baseline = False
 
@@ -1024,7 +1124,7 @@ class RunNode:
 class StepNode:
     """A step's directory."""
 
-    __slots__ = ("run", "name", "path", "record", "sig", "children", "dir_sig", "baseline")
+    __slots__ = ("run", "name", "path", "record", "sig", "children", "dir_sig", "baseline", "listed")
 
     def __init__(self, run: RunNode, name: str) -> None:
         self.run = run
@@ -1033,6 +1133,7 @@ class StepNode:
         self.record: Optional[Record] = None
         self.sig: Any = None
         self.children: Dict[str, TaskNode] = {}
+        self.listed: Optional[List[TaskNode]] = None
         self.dir_sig = 0
         self.baseline = False
 
@@ -1185,7 +1286,7 @@ class Store:
 
     def _write(self, path: str, record: Record) -> None:
         """The one file primitive: a whole file by temp and rename, under the user's umask. Raises Problem."""
-        temp = f"{self.temp_dir}/{next(self._serial)}"
+        temp = f"{self.temp_dir}/{os.getpid()}-{next(self._serial)}"
         try:
             fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
@@ -1202,23 +1303,30 @@ class Store:
                 pass
             raise disk_problem(error, path) from None
 
-    def _make(self, node: Node, record: Record) -> bool:
+    def _make(self, node: Node, record: Record, claimed: bool = False) -> bool:
         """Makes a new object's directories and `_self.json`; False when it exists already.
 
         Each level by one mkdir: a `.metaflow` that the user deleted is never made again.
         """
+        made: List[str] = [node.path] if claimed else []
         for path in (node.path, f"{node.path}/_meta"):
             try:
                 os.mkdir(path)
+                made.append(path)
             except FileExistsError:
                 if not _is_directory(path):
                     raise Problem(500, f"cannot write {path}: it is not a directory", id="disk-error") from None
             except OSError as error:
+                _remove_empty(made)
                 raise disk_problem(error, path) from None
         own = f"{node.path}/_meta/_self.json"
         if os.path.lexists(own):
             return False
-        self._write(own, record)
+        try:
+            self._write(own, record)
+        except Problem:
+            _remove_empty(made)
+            raise
         node.record, node.sig = record, _signature(own)
         return True
 
@@ -1247,7 +1355,7 @@ class Store:
                 self._last_run = int(number)
                 if not _exclusive(node.path):
                     continue
-            if not self._make(node, record):
+            if not self._make(node, record, claimed=run_id is None):
                 return None
             break
         node.next_task = 1 if run_id is None else None
@@ -1284,7 +1392,7 @@ class Store:
                 if not _exclusive(node.path):
                     run.next_task = None
                     continue
-            if not self._make(node, object_record(ids, run.flow, body, ms)):
+            if not self._make(node, object_record(ids, run.flow, body, ms), claimed=task_id is None):
                 return None
             break
         step.children[number] = node
@@ -1305,6 +1413,9 @@ class Store:
                     if is_number(task):
                         highest = max(highest, int(task))
             run.next_task = highest + 1
+        self._scan(run, lambda name: StepNode(run, name), is_flow_name)
+        while any([os.path.lexists(f"{step.path}/{run.next_task}") for step in run.children.values()]):
+            run.next_task += 1
         return run.next_task
 
     async def add_metadata(self, task: TaskNode, rows: List[Record]) -> int:
@@ -1447,7 +1558,7 @@ class Store:
                 f"{node.path}/_meta/{SIGNS_FILE}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
             )
             try:
-                os.pwrite(fd, data.ljust(128) + b"\n", 0)
+                os.pwrite(fd, data.ljust(max(128, os.fstat(fd).st_size - 1)) + b"\n", 0)
             finally:
                 os.close(fd)
         except FileNotFoundError:
@@ -1461,19 +1572,31 @@ class Store:
         """Revalidates a node's `_self.json` by one stat and reads it again when it changed."""
         path = f"{node.path}/_meta/_self.json"
         sig = _signature(path)
-        if sig is None:
+        if sig is None or (node.record is None and not _is_directory(f"{node.path}/_meta")):
             node.record = node.sig = None
+            self._unlist(node)
             return False
         if sig != node.sig or node.record is None:
+            self._unlist(node)
             changed = node.record is not None and isinstance(node, RunNode)
             record = read_record(path)
             if record is None:
                 return False
+            _repair(record)
             self._share_tags(record)
             node.record, node.sig = record, sig
             if changed and isinstance(node, RunNode):
                 self._tell(Event("tags", self._flows[node.flow], node))
         return True
+
+    def _unlist(self, node: Node) -> None:
+        """A run's or task's record came, went or changed: the sorted list that it stands in is no longer right."""
+        if isinstance(node, RunNode):
+            parent = self._flows.get(node.flow)
+            if parent is not None:
+                parent.listed = None
+        elif isinstance(node, TaskNode):
+            node.step.listed = None
 
     def _share_tags(self, record: Record) -> None:
         # Ten thousand runs carry the same few tags: one string each.
@@ -1570,6 +1693,8 @@ class Store:
             mtime = os.stat(node.path).st_mtime_ns
             if mtime == node.dir_sig:
                 return
+            if not isinstance(node, RunNode):
+                node.listed = None
             children: Dict[str, Any] = node.children
             seen = set()
             with os.scandir(node.path) as entries:
@@ -1581,6 +1706,8 @@ class Store:
         except OSError:
             node.children.clear()
             node.dir_sig = 0
+            if not isinstance(node, RunNode):
+                node.listed = None
             return
         if len(seen) <= len(children):
             for name in [name for name in children if name not in seen]:
@@ -1615,18 +1742,28 @@ class Store:
 
     async def runs(self, flow: FlowNode) -> List[RunNode]:
         """All runs of a flow, newest first. Rows read before are not all checked again here: see `check`."""
-        pace = Pacer()
         self._scan(flow, lambda name: RunNode(flow, name), is_run_id)
-        found = []
-        for node in list(flow.children.values()):
+        if flow.listed is None:
+            found = await self._readable(
+                list(flow.children.values()), lambda node: self._found(flow, node), flow.baseline
+            )
+            flow.baseline = True
+            if not flow.dir_sig or len(found) < len(flow.children):
+                return found
+            flow.listed = found
+        return list(flow.listed)
+
+    async def _readable(self, nodes: List[_Named], tell: Callable[[_Named], None], known: bool) -> List[_Named]:
+        """Those nodes of a directory that have a `_self.json`, newest first; new ones are told if it was `known`."""
+        pace, found = Pacer(), []
+        for node in nodes:
             if node.record is None:
                 if not self._valid(node):
                     continue
-                if flow.baseline:
-                    self._found(flow, node)
+                if known:
+                    tell(node)
                 await pace()
             found.append(node)
-        flow.baseline = True
         found.sort(key=_newest_first)
         return found
 
@@ -1656,20 +1793,18 @@ class Store:
 
     async def tasks(self, step: StepNode) -> List[TaskNode]:
         """The tasks of a step, newest first."""
-        pace = Pacer()
+
+        def tell(node: TaskNode) -> None:
+            self._tell(Event("task", self._flows[step.run.flow], step.run, step, node))
+
         self._scan(step, lambda name: TaskNode(step, name), is_run_id)
-        found = []
-        for node in list(step.children.values()):
-            if node.record is None:
-                if not self._valid(node):
-                    continue
-                if step.baseline:
-                    self._tell(Event("task", self._flows[step.run.flow], step.run, step, node))
-                await pace()
-            found.append(node)
-        step.baseline = True
-        found.sort(key=_newest_first)
-        return found
+        if step.listed is None:
+            found = await self._readable(list(step.children.values()), tell, step.baseline)
+            step.baseline = True
+            if not step.dir_sig or len(found) < len(step.children):
+                return found
+            step.listed = found
+        return list(step.listed)
 
     async def run_tasks(self, run: RunNode) -> List[TaskNode]:
         """All tasks of a run, step by step."""
@@ -1682,7 +1817,7 @@ class Store:
 
     def facts(self, task: TaskNode) -> TaskFacts:
         """The facts of a task; costs one stat while its directory does not change."""
-        facts = task.facts
+        facts, first = task.facts, task.facts is None
         if facts is None:
             facts = task.facts = TaskFacts()
             task.read = set()
@@ -1691,9 +1826,9 @@ class Store:
         try:
             mtime = os.stat(meta).st_mtime_ns
             if mtime != task.meta_sig:
-                self._read_facts(task, facts, meta)
+                whole = self._read_facts(task, facts, meta, first)
                 facts.changed_at = max(facts.changed_at, mtime // 1_000_000)
-                task.meta_sig = _settled(mtime)
+                task.meta_sig = _settled(mtime) if whole else 0
         except OSError:
             pass
         facts.created_at = task.self_record.get("ts_epoch")
@@ -1706,9 +1841,9 @@ class Store:
                 attempt.lost_at = None
         return facts
 
-    def _read_facts(self, task: TaskNode, facts: TaskFacts, meta: str) -> None:
-        """Reads the records among the new names that the facts need, and tells listeners of them."""
-        first = not task.read
+    def _read_facts(self, task: TaskNode, facts: TaskFacts, meta: str, first: bool) -> bool:
+        """Reads the records among the new names that the facts need; tells listeners unless this is the first look."""
+        half = False
         fresh: List[Record] = []
         with os.scandir(meta) as entries:
             names = [entry.name for entry in entries]
@@ -1716,6 +1851,7 @@ class Store:
             if name not in task.read and _is_fact(name):
                 record = read_record(f"{meta}/{name}")
                 if record is None:
+                    half = half or _may_grow(f"{meta}/{name}")
                     continue
                 task.read.add(name)
                 _take_fact(facts, name, record)
@@ -1726,6 +1862,7 @@ class Store:
         if fresh and not first:
             flow = self._flows[task.run.flow]
             self._tell(Event("metadata", flow, task.run, task.step, task, tuple(fresh)))
+        return not half
 
     async def run_facts(self, run: RunNode) -> List[Tuple[TaskNode, TaskFacts]]:
         """Every task of a run with its facts. Finished ones looked at a moment ago are not stat'ed again."""
@@ -1774,18 +1911,20 @@ class Store:
             return kept[1]
         with os.scandir(meta) as entries:
             names = sorted(entry.name for entry in entries)
-        pace, rows = Pacer(), []
+        pace, rows, half = Pacer(), [], False
         for name in names:
             record = self._task_record(task, meta, name, kind)
             if record is not None:
                 rows.append(record)
                 await pace()
+            elif (split_metadata_file(name) if kind == "metadata" else split_artifact_file(name)) is not None:
+                half = half or _may_grow(f"{meta}/{name}")
         if kind == "metadata":
             _number(rows)
             rows.sort(key=lambda r: (r["ts_epoch"], r["id"]), reverse=True)
         else:
             rows.sort(key=lambda r: (-r["attempt_id"], r["name"]))
-        if _settled(mtime):
+        if _settled(mtime) and not half:
             self._keep_rows(key, mtime, rows)
         return rows
 
@@ -1890,6 +2029,37 @@ def _remove(paths: List[str]) -> None:
             os.unlink(path)
         except OSError:
             pass
+
+
+def _remove_empty(folders: List[str]) -> None:
+    for path in reversed(folders):
+        try:
+            os.rmdir(path)
+        except OSError:
+            pass
+
+
+def _repair(record: Record) -> None:
+    """Takes out of a `_self.json` what has not the type that everybody counts on: anybody may have written it."""
+    if type(record.get("ts_epoch", 0)) is not int:
+        record["ts_epoch"] = None
+    if not isinstance(record.get("user_name", ""), str):
+        record["user_name"] = None
+    for key in ("tags", "system_tags"):
+        tags = record.get(key)
+        if tags is not None and not isinstance(tags, list):
+            record[key] = None
+        elif tags is not None and not all([isinstance(tag, str) for tag in tags]):
+            record[key] = [tag for tag in tags if isinstance(tag, str)]
+
+
+def _may_grow(path: str) -> bool:
+    """Whether a file that could not be read may still be on its way: a young regular one."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return True
+    return stat.S_ISREG(info.st_mode) and abs(time.time() - info.st_mtime) < 60.0
 
 
 def _newest_first(node: Node) -> Tuple[int, int, str]:
@@ -2136,10 +2306,6 @@ class Liveness:
 
 
 # ---- 5. Status: what attempts, steps and runs look like to a reader ----
-LOCAL_IDLE_CUTOFF = 300.0  # the same when no task is unfinished, or one has failed: longer than cards take
-FAILED_CUTOFF = 30.0  # s without a heartbeat after a failed task: two beats missed, no retry begun
-MAX_TASK_ATTEMPTS = 6  # Metaflow never starts a seventh attempt (its MAX_ATTEMPTS)
-FALLBACK_ATTEMPTS = 3  # attempts that @catch adds to those of @retry (its NUM_FALLBACK_RETRIES)
 
 COMPLETED, FAILED, RUNNING, PENDING, UNKNOWN = "completed", "failed", "running", "pending", "unknown"
 
@@ -2543,12 +2709,6 @@ def step_duration(
 PAGE_LIMIT, MAX_PAGE_LIMIT = 10, 1000  # rows (or groups) of a UI page, as the UI backend has them
 GROUP_LIMIT, MAX_GROUP_LIMIT = 10, 1000  # rows per group, likewise
 CURSOR_LIMIT, MAX_CURSOR_LIMIT = 50, 500  # rows of a metadata API page, as the metadata service has them
-MAX_FILTER_VALUES = 1000  # values of one filter: a URL of 8 KiB holds no more useful ones
-MAX_LIKE = 1000  # characters of a value with wildcards
-MAX_PATTERN_NODES = 400  # states of a client's regular expression, after x{m,n} is written out
-MAX_PATTERN_TEXT = 100_000  # characters of a text that a regular expression looks at
-MAX_PATTERN_WORK = 200_000  # states visited for one text (about 0.1 s); met only by hostile patterns
-MAX_PATTERN_CACHE = 20_000  # transitions kept per pattern (about 2 MiB)
 
 Row = Mapping[str, Any]
 Args = Sequence[Tuple[str, str]]
@@ -3237,6 +3397,8 @@ def sort_rows(rows: Sequence[Row], order: Order, top: Optional[int] = None) -> L
     under a leading ascending ts_epoch do equals come oldest first. Null is the largest value: last when
     ascending, first when descending (what has not finished is the newest).
     """
+    import heapq
+
     if not order:
         return list(rows[:top])
     column, descending = order[0]
@@ -3330,6 +3492,8 @@ def _page_link(base: str, path: str, args: Args, page: Optional[int] = None) -> 
 
 
 def _quote_query(text: str) -> str:
+    from urllib.parse import quote
+
     return quote(text, safe=":,-._~*@/!$'()", errors="surrogatepass")
 
 
@@ -3391,6 +3555,9 @@ def cursor_page(
     rows are returned as they are, without headers. Raises Problem 400 (ids "invalid-limit",
     "invalid-cursor") where the real service answers 500 or drops a row.
     """
+    import base64
+    import heapq
+
     if not always and not wants_cursor(args):
         return list(rows), {}
     text = first_arg(args, "_limit") or ""
@@ -3425,6 +3592,8 @@ def _ranked(value: Any) -> Tuple[int, Any]:
 
 
 def _decode_cursor(cursor: str, key_fields: Sequence[str]) -> Dict[str, Any]:
+    import base64
+
     try:
         record = loads(base64.b64decode(cursor.replace(" ", "+"), validate=True))  # a bare + comes as a space
         values = {field: record[field] for field in key_fields}
@@ -3437,34 +3606,6 @@ def _decode_cursor(cursor: str, key_fields: Sequence[str]) -> Dict[str, Any]:
 
 
 # ---- 7. Datastore readers: artifacts, parameters, graph, logs, cards, search ----
-# Of one pickle that is read for display or search (the real service: 4 KiB); 500 characters are shown at
-# once.
-ARTIFACT_BYTES = 1024 * 1024
-ARTIFACT_PAGE_BYTES = 8 * 1024 * 1024  # of all contents of one answer; the UI asks for 50 artifacts at once
-# Characters of one str(value): shared parts make a text exponentially longer than its pickle.
-ARTIFACT_TEXT = 2 * 1024 * 1024
-ARTIFACT_SECONDS = 2.0  # for building one value: keys with equal hashes make sets and dicts quadratic
-PARAMETER_BYTES = 64 * 1024  # of one parameter: all of them go out at once, in every preview and by WebSocket
-GRAPH_BYTES = 8 * 1024 * 1024  # of a `_graph_info`: 10,000 steps are about 4 MiB
-PICKLE_STEPS = 600_000  # instructions of one pickle: with the next one, 70 MB for a moment in the worst case
-PICKLE_OBJECTS = 300_000  # of them that make a container or a memo entry (an empty set takes 216 bytes)
-# 4,300 decimal digits, CPython's own limit: a longer one takes quadratic time to print.
-PICKLE_NUMBER_BYTES = 1785
-PICKLE_KEY_DEPTH = 32  # of tuples in a dict key: hashing recurses in C without a check
-PICKLE_KEY_PARTS = 200_000  # parts of all keys together: shared parts are hashed again each time
-VALUE_DEPTH = 100  # of what is written as text or JSON; deeper is shown as ...
-VALUE_PARTS = 200_000  # values in one parameter or graph as JSON
-TASK_INDEX_BYTES = 16 * 1024 * 1024  # of one N.data.json: 50,000 artifacts
-TASK_INDEX_CACHE = 32  # of those kept in memory
-LOG_HEADER = 512  # bytes at the start of a line in which its mflog header must end; Metaflow writes 84
-LOG_LINE_BYTES = 1024 * 1024  # of one line in a page; the rest is in the download
-LOG_PAGE_BYTES = 16 * 1024 * 1024  # of all lines in a page; a page has up to 10,000 lines
-LOG_PAGE_ROWS = 100_000  # of one page, also for `_limit=0`, which means all
-LOG_INDEX_LINES = 4_000_000  # of one log; 16 bytes of memory each, about 500 MB of log
-LOG_CACHE_LINES = 4_000_000  # of all logs kept in memory: 64 MB, reached only by logs of 500 MB
-LOG_CACHE_ENTRIES = 32  # logs kept in memory
-CARD_BYTES = 64 * 1024 * 1024  # of one card's HTML or data; the HTML of an empty one is 1.1 MB
-CARD_LIMIT = 1000  # cards of one task; the real service's page has as many
 
 NOT_LOCAL_ID = "datastore-not-local"
 TOO_LARGE_ID = "artifact-too-large"
@@ -4503,6 +4644,8 @@ def _read_blob(metaflow_dir: str, flow: str, sha: str, limit: int) -> Optional[b
 
 def _gunzip(file: IO[bytes], limit: int) -> bytes:
     """Unpacks at most `limit` bytes; the sizes that gzip itself claims are not believed."""
+    import gzip
+
     try:
         data = gzip.GzipFile(fileobj=file).read(limit + 1)
     except (OSError, EOFError, zlib.error):
@@ -4655,6 +4798,8 @@ def _read_included(
     the name is looked up in `data_roots` and the content must have that sha1, so that no pickle can name
     another file.
     """
+    import hashlib
+
     state = pickled.state if isinstance(pickled.state, dict) else {}
     descriptor = state.get("_descriptor")
     descriptor = descriptor if isinstance(descriptor, dict) else {}
@@ -5002,6 +5147,8 @@ class _LogFile:
         self.clear()
 
     def clear(self) -> None:
+        import array
+
         self.starts = array.array("Q")
         self.times = array.array("q")  # microseconds; of a line without a header: that of the line before
         self.end = 0  # where the next line starts
@@ -5107,6 +5254,9 @@ class _TaskLog:
         self.versions: List[int] = []
 
     def update(self, opened: Sequence[Optional[IO[bytes]]]) -> None:
+        import array
+        import heapq
+
         for file, handle in zip(self.files, opened):
             file.update(handle)
         versions = [file.version for file in self.files]
@@ -5546,9 +5696,6 @@ def foreach_depth(execution_path: Any = None, stack: Any = None) -> int:
 
 
 # ---- 8. HTTP: bytes in, request or error out ----
-MAX_CHUNK_EXTENSIONS = 16 * KIB  # bytes of chunk extensions in one body; nobody sends them, all are ignored
-# What Metaflow's client reads to choose its features; from 2.6.1 on it would switch to cursor paging.
-SERVICE_VERSION = "2.5.0"
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
@@ -6302,6 +6449,9 @@ def websocket_handshake(request: Request) -> list[tuple[str, str]]:
     upgrade to websocket asked for, or a version other than 13). Extensions and subprotocols that the client
     offers are not taken up, which the RFC allows. Host, Origin and key are the business of section 10.
     """
+    import base64
+    import hashlib
+
     if request.method != "GET":
         raise Problem(405, "a WebSocket is opened with GET", headers={"Allow": "GET"})
     if request.http10:
@@ -6601,10 +6751,6 @@ class WebSocketProtocol:
 
 
 # ---- 10. Router and access: which handler, and who may ask ----
-KEY_HEADER = "x-api-key"  # what Metaflow's client sends when METAFLOW_SERVICE_AUTH_KEY is set
-KEY_COOKIE = "mflocal_key"  # what a browser that opened the one-time URL sends; good for reading only
-KEYLESS_PATHS = frozenset(("/ping",))  # says nothing but that we live, to those who do not know the key yet
-PREFLIGHT_MAX_AGE = 600  # s that a browser may remember a preflight; the most that all of them honour
 
 # A handler returns a Response, an awaitable of one, or what section 14 takes over (a WebSocket).
 Handler = Callable[[Request], Any]
@@ -6937,8 +7083,6 @@ def admit(
 
 
 # ---- 11. Metadata API: what Metaflow's client asks (metaflow-service, its metadata part) ----
-PATTERN_TIMEOUT = 2.0  # s for a pattern of filtered_tasks that might explode, in a process of its own
-LEASE_HEADER = "x-mflocal-lease"  # set by `mflocal run` through METAFLOW_SERVICE_HEADERS
 
 
 async def encode_list(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -6950,27 +7094,140 @@ async def encode_list(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return b"[" + b", ".join(parts) + b"]"
 
 
-async def run_state(store: Store, liveness: Liveness, settings: Settings, run: RunNode) -> RunStatus:
-    """Status of a run by the rules of section 5; reads the end step first, the rest only if need be."""
-    record = run.self_record
+# -- blocking reads
+
+
+@functools.lru_cache(maxsize=1)
+def _reader_pool() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(READER_THREADS, thread_name_prefix="reader")
+
+
+async def in_thread(function: Callable[..., _Got], *args: Any, **kwargs: Any) -> _Got:
+    """Calls a blocking function of section 7 in one of READER_THREADS threads."""
+    import asyncio
+
+    call = functools.partial(function, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_reader_pool(), call)
+
+
+def data_roots(settings: Settings) -> Tuple[str, ...]:
+    """Where included files are besides .metaflow/data: Metaflow puts them beside .metaflow."""
+    return (os.path.join(settings.root, "data"),)
+
+
+# -- rows of runs
+
+
+class _RunMemo:
+    """What is kept of a run between two answers.
+
+    state is a final status as long as `proof`, the facts of the end step's tasks, holds; a failure that no
+    end step proves is believed until `until` (monotonic s) unless another heartbeat than `beat` comes.
+    limits: attempts allowed per step, read from the graph when first needed.
+    """
+
+    __slots__ = ("state", "proof", "until", "beat", "limits")
+
+    def __init__(self) -> None:
+        self.state: Optional[RunStatus] = None
+        self.proof: List[Tuple[TaskNode, Tuple[int, int]]] = []
+        self.until = 0.0
+        self.beat: Optional[int] = None
+        self.limits: Optional[Dict[str, Optional[int]]] = None
+
+
+def facts_stamp(task: TaskNode, facts: TaskFacts) -> Tuple[int, int]:
+    """Changes whenever the facts do: every fact is a file of its own."""
+    return facts.changed_at, len(task.read)
+
+
+def _still_true(store: Store, liveness: Liveness, run: RunNode, memo: _RunMemo, cheap: bool) -> bool:
+    if memo.proof:
+        if cheap and memo.state is not None and memo.state.status == COMPLETED:
+            return True
+        return all([facts_stamp(task, store.facts(task)) == stamp for task, stamp in memo.proof])
+    if liveness.alive(run) or store.signs(run).heartbeat != memo.beat:
+        return False
+    return time.monotonic() < memo.until
+
+
+async def run_state(
+    store: Store, liveness: Liveness, settings: Settings, run: RunNode, *, cheap: bool = False
+) -> RunStatus:
+    """Status, finish and duration of a run by the rules of section 5, remembered where nothing can change it.
+
+    A completed run costs one stat; `cheap` saves that too, for judging thousands of runs by a filter whose
+    page is then judged again.
+    """
+    memo = run.memo
+    if not isinstance(memo, _RunMemo):
+        memo = run.memo = _RunMemo()
+    if memo.state is not None and _still_true(store, liveness, run, memo, cheap):
+        return memo.state
     end_name = store.end_step(run)
-    summary = RunSummary(end_name)
-    end = store.step(run, end_name)
+    summary, end = RunSummary(end_name), store.step(run, end_name)
+    proof = []
     for task in await store.tasks(end) if end else []:
-        summary.add(end_name, store.facts(task))
-    if not summary.settled:
-        summary = summarize([(task.step.name, facts) for task, facts in await store.run_facts(run)], end_name)
-    signs = store.signs(run)
-    return run_status(
-        record.get("ts_epoch"),
-        summary,
-        now_ms(),
-        heartbeat=liveness.heartbeat(run),
-        alive=liveness.alive(run),
-        lost_at=signs.lost.get(0),
-        cutoff=settings.run_cutoff,
-        local_cutoff=settings.local_cutoff,
-    )
+        facts = store.facts(task)
+        summary.add(end_name, facts)
+        proof.append((task, facts_stamp(task, facts)))
+    settled = summary.settled
+    if not settled:
+        pace, summary = Pacer(), RunSummary(end_name)
+        for task, facts in await store.run_facts(run):
+            summary.add(task.step.name, facts)
+            await pace()
+    alive = liveness.alive(run)
+
+    def judge() -> RunStatus:
+        limits = memo.limits or {}
+        return run_status(
+            run.self_record.get("ts_epoch"),
+            summary,
+            now_ms(),
+            heartbeat=liveness.heartbeat(run),
+            alive=alive,
+            lost_at=store.signs(run).lost.get(0),
+            allowed=limits.get,
+            cutoff=settings.run_cutoff,
+            local_cutoff=settings.local_cutoff,
+        )
+
+    state = judge()
+    if state.status == RUNNING and summary.failures and not alive and memo.limits is None:
+        memo.limits = await _attempt_limits(store, settings, run)
+        state = judge()
+    lasting = state.status != RUNNING and now_ms() - (state.finished_at or 0) > FAILED_FOR_LONG
+    memo.state = state if settled or lasting else None
+    memo.proof = proof if settled else []
+    memo.beat, memo.until = store.signs(run).heartbeat, time.monotonic() + JUDGE_FAILED
+    return state
+
+
+async def _attempt_limits(store: Store, settings: Settings, run: RunNode) -> Optional[Dict[str, Optional[int]]]:
+    """How many attempts each step of the run's graph may have; None while there is no graph."""
+    records = await parameter_records(store, run)
+    try:
+        graph = await in_thread(run_dag, settings.metaflow_dir, records)
+    except Problem:
+        return {}
+    if graph is None:
+        return None
+    return {name: allowed_attempts(step["decorators"]) for name, step in graph["steps"].items()}
+
+
+async def parameter_records(store: Store, run: RunNode) -> List[Record]:
+    """The artifact records of a run's `_parameters` task (parameters and graph), [] when there are none."""
+    step = store.step(run, "_parameters")
+    records: List[Record] = []
+    for task in await store.tasks(step) if step else []:
+        records += await store.artifacts(task)
+    return records
+
+
+# -- handlers
 
 
 class MetadataApi:
@@ -7063,7 +7320,7 @@ class MetadataApi:
     async def get_runs(self, request: Request) -> Response:
         """GET /flows/{flow}/runs, filtered and paged; an unknown flow has none."""
         flow = self.store.flow(request.params["flow"])
-        runs = await self.store.runs(flow) if flow else []
+        runs = await self.store.check(await self.store.runs(flow)) if flow else []
         filters = parse_filters(request.args(), SERVICE_RUN_COLUMNS, strict=True)
         pace, rows = Pacer(), []
         for run in runs:
@@ -7432,160 +7689,10 @@ def register_metadata_routes(router: Router, api: MetadataApi) -> None:
 
 
 # ---- 12. Subscriptions: the rows of the UI, and who is told of which ----
-COALESCE = 0.05  # s for which changes are collected: what one request writes about one task is one frame
-WATCH_INTERVAL = 1.0  # s between two looks at what local mode writes, while somebody subscribes
-JUDGE_INTERVAL = 2.0  # s after which a running run is judged again: heartbeats grow old without an event
-JUDGE_FAILED = 5.0  # s likewise for a failed one, which may come back (a machine that slept, a long step)
-WATCHED_RUNS = 30  # newest runs per flow that are judged for the lists of runs: a page of the UI
-LOOK_COMPLETED = 15.0  # s between two looks at the files of a completed run that somebody has open
-SETTLED_AFTER = 10_000  # ms after which the directory of a finished task is not looked at any more
-REPLAY_SECONDS = 300  # how far back `since` goes, as in the real service
-RUN_AT_ONCE = 300  # tasks up to which a run is judged with every event; larger ones once per WATCH_INTERVAL
-SENT_KEPT = 50_000  # rows of which it is remembered what was sent last
-WS_MAX_RESOURCE = 8 * KIB  # characters of a subscription's resource, as a request line
-WS_MAX_UUID = 256  # characters of a subscription's uuid; it is repeated in every frame
-FAILED_FOR_LONG = 600_000  # ms after which a failed run is judged again only every JUDGE_FAILED s
-READER_THREADS = 2  # for artifacts, logs and cards: disk and unpacking, both short
 
-if TYPE_CHECKING:
-    import asyncio
-    from concurrent.futures import ThreadPoolExecutor
 
 _Got = TypeVar("_Got")
 _UiArgs = Sequence[Tuple[str, str]]
-
-
-# -- blocking reads
-
-
-@functools.lru_cache(maxsize=1)
-def _reader_pool() -> ThreadPoolExecutor:
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(READER_THREADS, thread_name_prefix="reader")
-
-
-async def in_thread(function: Callable[..., _Got], *args: Any, **kwargs: Any) -> _Got:
-    """Calls a blocking function of section 7 in one of READER_THREADS threads."""
-    import asyncio
-
-    call = functools.partial(function, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_reader_pool(), call)
-
-
-def data_roots(settings: Settings) -> Tuple[str, ...]:
-    """Where included files are besides .metaflow/data: Metaflow puts them beside .metaflow."""
-    return (os.path.join(settings.root, "data"),)
-
-
-# -- rows of runs
-
-
-class _RunMemo:
-    """What is kept of a run between two answers.
-
-    state is a final status as long as `proof`, the facts of the end step's tasks, holds; a failure that no
-    end step proves is believed until `until` (monotonic s) unless another heartbeat than `beat` comes.
-    limits: attempts allowed per step, read from the graph when first needed.
-    """
-
-    __slots__ = ("state", "proof", "until", "beat", "limits")
-
-    def __init__(self) -> None:
-        self.state: Optional[RunStatus] = None
-        self.proof: List[Tuple[TaskNode, Tuple[int, int]]] = []
-        self.until = 0.0
-        self.beat: Optional[int] = None
-        self.limits: Optional[Dict[str, Optional[int]]] = None
-
-
-def _facts_stamp(task: TaskNode, facts: TaskFacts) -> Tuple[int, int]:
-    """Changes whenever the facts do: every fact is a file of its own."""
-    return facts.changed_at, len(task.read)
-
-
-def _still_true(store: Store, liveness: Liveness, run: RunNode, memo: _RunMemo, cheap: bool) -> bool:
-    if memo.proof:
-        if cheap and memo.state is not None and memo.state.status == COMPLETED:
-            return True
-        return all([_facts_stamp(task, store.facts(task)) == stamp for task, stamp in memo.proof])
-    if liveness.alive(run) or store.signs(run).heartbeat != memo.beat:
-        return False
-    return time.monotonic() < memo.until
-
-
-async def ui_run_state(
-    store: Store, liveness: Liveness, settings: Settings, run: RunNode, *, cheap: bool = False
-) -> RunStatus:
-    """Status, finish and duration of a run by the rules of section 5, remembered where nothing can change it.
-
-    A completed run costs one stat; `cheap` saves that too, for judging thousands of runs by a filter whose
-    page is then judged again.
-    """
-    memo = run.memo
-    if not isinstance(memo, _RunMemo):
-        memo = run.memo = _RunMemo()
-    if memo.state is not None and _still_true(store, liveness, run, memo, cheap):
-        return memo.state
-    end_name = store.end_step(run)
-    summary, end = RunSummary(end_name), store.step(run, end_name)
-    proof = []
-    for task in await store.tasks(end) if end else []:
-        facts = store.facts(task)
-        summary.add(end_name, facts)
-        proof.append((task, _facts_stamp(task, facts)))
-    settled = summary.settled
-    if not settled:
-        pace, summary = Pacer(), RunSummary(end_name)
-        for task, facts in await store.run_facts(run):
-            summary.add(task.step.name, facts)
-            await pace()
-    alive = liveness.alive(run)
-
-    def judge() -> RunStatus:
-        limits = memo.limits or {}
-        return run_status(
-            run.self_record.get("ts_epoch"),
-            summary,
-            now_ms(),
-            heartbeat=liveness.heartbeat(run),
-            alive=alive,
-            lost_at=store.signs(run).lost.get(0),
-            allowed=limits.get,
-            cutoff=settings.run_cutoff,
-            local_cutoff=settings.local_cutoff,
-        )
-
-    state = judge()
-    if state.status == RUNNING and summary.failures and not alive and memo.limits is None:
-        memo.limits = await _attempt_limits(store, settings, run)
-        state = judge()
-    lasting = state.status != RUNNING and now_ms() - (state.finished_at or 0) > FAILED_FOR_LONG
-    memo.state = state if settled or lasting else None
-    memo.proof = proof if settled else []
-    memo.beat, memo.until = store.signs(run).heartbeat, time.monotonic() + JUDGE_FAILED
-    return state
-
-
-async def _attempt_limits(store: Store, settings: Settings, run: RunNode) -> Optional[Dict[str, Optional[int]]]:
-    """How many attempts each step of the run's graph may have; None while there is no graph."""
-    records = await parameter_records(store, run)
-    try:
-        graph = await in_thread(run_dag, settings.metaflow_dir, records)
-    except Problem:
-        return {}
-    if graph is None:
-        return None
-    return {name: allowed_attempts(step["decorators"]) for name, step in graph["steps"].items()}
-
-
-async def parameter_records(store: Store, run: RunNode) -> List[Record]:
-    """The artifact records of a run's `_parameters` task (parameters and graph), [] when there are none."""
-    step = store.step(run, "_parameters")
-    records: List[Record] = []
-    for task in await store.tasks(step) if step else []:
-        records += await store.artifacts(task)
-    return records
 
 
 async def ui_parameters(store: Store, settings: Settings, run: RunNode) -> Record:
@@ -7643,7 +7750,7 @@ async def ui_run_row(
     store: Store, liveness: Liveness, settings: Settings, run: RunNode, *, cheap: bool = False
 ) -> Record:
     """A row of /runs: run_number and null as run_id, or the string id as both; `run` is its text."""
-    state = await ui_run_state(store, liveness, settings, run, cheap=cheap)
+    state = await run_state(store, liveness, settings, run, cheap=cheap)
     return make_run_row(run, state, liveness.heartbeat(run))
 
 
@@ -7735,7 +7842,7 @@ def ui_task_rows(
     rows = [_ui_attempt_row(task, facts, status, liveness.heartbeat(task)) for status in statuses]
     memo.encoded = []
     if _is_over(facts):
-        memo.stamp, memo.beat = _facts_stamp(task, facts), facts.heartbeat
+        memo.stamp, memo.beat = facts_stamp(task, facts), facts.heartbeat
         memo.record, memo.rows = run_record, rows
     else:
         memo.rows = []
@@ -8225,6 +8332,8 @@ class Subscriptions:
 
     async def _guard(self, work: Awaitable[None]) -> None:
         """Nothing that one object has wrong may end the telling of all others."""
+        import traceback
+
         try:
             await work
         except Exception:
@@ -8374,7 +8483,7 @@ class Subscriptions:
         now = time.monotonic()
         if known is not None and not fresh and now - known[0] < 1.0:
             return known[1]
-        state = await ui_run_state(self._store, self._liveness, self._settings, run)
+        state = await run_state(self._store, self._liveness, self._settings, run)
         if len(self._states) > 1000:
             self._states.clear()
         self._states[run] = (time.monotonic(), state)
@@ -8558,7 +8667,7 @@ class Subscriptions:
             for step in self._store.steps(run):
                 look.steps.add(step)
                 for task in await self._store.tasks(step):
-                    look.tasks[task] = _facts_stamp(task, self._store.facts(task))
+                    look.tasks[task] = facts_stamp(task, self._store.facts(task))
                     await pace()
             self._looks[run] = look
         state = await self._state(run)
@@ -8607,7 +8716,7 @@ class Subscriptions:
     async def _replay(self, subscription: _Subscription, since: float) -> None:
         """Sends the rows, as they are now, of what changed since then (s), while a client was away."""
         target = subscription.target
-        begin = int(max(since, time.time() - REPLAY_SECONDS) * 1000)
+        begin = int(max(since - UNNOTICED, time.time() - REPLAY_SECONDS) * 1000)
         found: List[Tuple[int, str, Record]] = []
         if target is None:
             return
@@ -8791,7 +8900,7 @@ class Subscriptions:
                 stamp = look.tasks.get(task)
                 if stamp is None and not new_here:
                     continue
-                now = _facts_stamp(task, self._store.facts(task))
+                now = facts_stamp(task, self._store.facts(task))
                 if new_here:
                     self._put(Event("task", flow, run, step, task))
                 elif stamp != now:
@@ -8857,13 +8966,7 @@ async def ui_socket(subscriptions: Subscriptions, socket: UiSocket) -> None:
 
 
 # ---- 13. UI API: what the official Metaflow UI asks (metaflow-service, its UI backend) ----
-API_PREFIX = "/api"  # the UI's default place for its API on its own origin
 LOG_LIMIT, MAX_LOG_LIMIT = 1000, 10_000  # rows of a log page, as the UI backend has them
-COMPLETED_TASKS = 25  # tasks per step whose artifact names are offered for completion: they hardly differ
-WIDE_RUN = 200  # rows of tasks from which on a list of them is kept for the next page
-SEARCH_SLICE = 50  # artifacts read at once by a search, between two messages of progress
-CONFIG_FILE_BYTES = 4 * MIB  # of a notifications, links or plugins file
-PLUGIN_FILE_BYTES = 32 * MIB  # of one file of a plugin
 
 FEATURES = {
     "FEATURE_RUN_GROUPS": True,
@@ -8971,7 +9074,7 @@ class UiApi:
         return tasks
 
     async def _state(self, run: RunNode) -> RunStatus:
-        return await ui_run_state(self.store, self.liveness, self.settings, run)
+        return await run_state(self.store, self.liveness, self.settings, run)
 
     # -- lists in general
 
@@ -9536,12 +9639,12 @@ def read_json_list(path: Optional[str]) -> List[Record]:
 
 def _notification(entry: Record) -> Optional[Record]:
     """A notification with all its fields; None without a message or a time."""
+    import hashlib
+
     created = entry.get("created", entry.get("start"))
     message = entry.get("message")
     if not isinstance(message, str) or type(created) not in (int, float):
         return None
-    import hashlib
-
     own = hashlib.sha1(dumps([message, created]), usedforsecurity=False).hexdigest()
     return {
         "id": str(entry.get("id") or own),
@@ -9762,9 +9865,6 @@ def register_ui_routes(router: Router, store: Store, liveness: Liveness, setting
 
 
 # ---- 14. Server: connections, deadlines, access, draining ----
-READ_SIZE = 64 * KIB  # one read of a socket; an asyncio stream holds at most twice that
-SIGNS_INTERVAL = 5.0  # s between two writes of the heartbeats; half of what Metaflow's client waits
-CONTROL_PREFIX = "/_mflocal/"  # the daemon's own routes (section 15)
 UI_TYPES = {  # what a build of the UI consists of; the system's own table differs from machine to machine
     "html": "text/html; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
@@ -9783,9 +9883,6 @@ UI_TYPES = {  # what a build of the UI consists of; the system's own table diffe
     "ttf": "font/ttf",
     "webmanifest": "application/manifest+json",
 }
-
-if TYPE_CHECKING:
-    import asyncio
 
 
 class Takeover:
@@ -10113,6 +10210,8 @@ class Service:
     # -- one connection
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        import traceback
+
         connection = Connection(reader, writer)
         if len(self.connections) >= self._limit:
             writer.write(problem_response(Problem(503, "too many connections", close=True)).encode(None))
@@ -10194,6 +10293,8 @@ class Service:
 
     async def _answer(self, connection: Connection, request: Request) -> bool:
         """Answers one request; False when the connection is over."""
+        import traceback
+
         # What the daemon is asked about itself is no use of it.
         connection.working = not request.path.startswith(CONTROL_PREFIX)
         connection.deadline = time.monotonic() + WRITE_TIMEOUT
@@ -11118,6 +11219,7 @@ class Host:
     def run(self, sock: socket.socket) -> int:
         """Serve on `sock` until stopped. Returns the exit code: 0, or 1 after a failure."""
         import asyncio
+        import traceback
 
         record = self._state.record
         names = ("instance", "pid", "port", "host", "root", "version", "started_at")

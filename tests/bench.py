@@ -615,6 +615,11 @@ class Bench:
 
     # -- scale
 
+    def _scale_rounds(self) -> Iterator[Subject]:
+        """Who is measured, in order: the peer, which needs half a minute for an answer, only in the first round."""
+        for number in range(1 if self.quick else 3):
+            yield from self.subjects(number) if number == 0 else (self.ours,)
+
     def bench_scale(self) -> None:
         """10,000 runs of one flow, and one run of 10,000 tasks: lists, memory, and who waits meanwhile."""
         count = 1000 if self.quick else 10_000
@@ -626,19 +631,17 @@ class Bench:
         idle = self.row("scale", "resident memory, idle", "MB", "less", "abs", 40.0)
         after = self.row("scale", f"resident memory, {count:,} runs listed", "MB", "less", "abs", 120.0)
         listing = self.row("scale", f"all {count:,} runs for the client, warm", "ms", "less")
-        for number in range(1 if self.quick else 3):
-            for subject in self.subjects(number):
-                subject.start(root)
-                time.sleep(0.5)
-                idle.add(subject.name, subject.resident())
-                if not self._list(first, subject, f"{runs}?_order=-ts_epoch&_limit=30&_page=1"):
-                    subject.stop()
-                    continue
+        for subject in self._scale_rounds():
+            subject.start(root)
+            time.sleep(0.5)
+            idle.add(subject.name, subject.resident())
+            if self._list(first, subject, f"{runs}?_order=-ts_epoch&_limit=30&_page=1"):
                 for _ in range(5 if subject is self.ours else 1):
                     self._list(warm, subject, f"{runs}?_order=-ts_epoch&_limit=30&_page=1")
-                self._list(listing, subject, "/flows/ManyRuns/runs")
+                for _ in range(3 if subject is self.ours else 1):
+                    self._list(listing, subject, "/flows/ManyRuns/runs")
                 after.add(subject.name, subject.resident())
-                subject.stop()
+            subject.stop()
         self._scale_tasks(root, count)
         self._scale_beats(root, count)
 
@@ -670,29 +673,27 @@ class Bench:
         row = self.row("scale", f"all {count:,} task rows of a run for the UI, warm", "ms", "less", "abs", limit)
         wide = sorted(name for name in os.listdir(root / ".metaflow/WideRun") if name.isdigit())[-1]
         path = f"/api/flows/WideRun/runs/{wide}/tasks?_order=%2Bts_epoch&_limit=1000&postprocess=false"
-        for number in range(1 if self.quick else 3):
-            for subject in self.subjects(number):
-                subject.start(root)
-                pages = count // 1000 + 1 if subject is self.ours else 1  # the peer gives all rows as one page
-                for place in (first, row, row, row):
-                    try:
-                        seconds = [ask(subject.port, "GET", f"{path}&_page={n}")[0] for n in range(1, pages + 1)]
-                        place.add(subject.name, sum(seconds) * 1000)
-                    except OSError:
-                        place.notes[subject.name] = f"> {PATIENCE:g} s"
-                        break
-                subject.stop()
+        for subject in self._scale_rounds():
+            subject.start(root)
+            pages = count // 1000 + 1 if subject is self.ours else 1  # the peer gives all rows as one page
+            for place in (first, row, row, row):
+                try:
+                    seconds = [ask(subject.port, "GET", f"{path}&_page={n}")[0] for n in range(1, pages + 1)]
+                    place.add(subject.name, sum(seconds) * 1000)
+                except OSError:
+                    place.notes[subject.name] = f"> {PATIENCE:g} s"
+                    break
+            subject.stop()
 
     def _scale_beats(self, root: Path, count: int) -> None:
         """Heartbeats of one client while another asks for a list that nobody has asked for since the start."""
         row = self.row("scale", f"heartbeat p99 during a cold list of {count:,} runs", "ms", "less", "abs", 50.0)
-        for number in range(1 if self.quick else 3):
-            for subject in self.subjects(number):
-                subject.start(root)
-                beats = self._beats(subject)
-                if beats:
-                    row.add(subject.name, sorted(beats)[min(int(len(beats) * 0.99), len(beats) - 1)] * 1000)
-                subject.stop()
+        for subject in self._scale_rounds():
+            subject.start(root)
+            beats = sorted(self._beats(subject))
+            if beats:
+                row.add(subject.name, beats[min(int(len(beats) * 0.99), len(beats) - 1)] * 1000)
+            subject.stop()
 
     def _beats(self, subject: Subject) -> list[float]:
         """Seconds of each heartbeat from just before the list is asked for until it has come."""

@@ -119,7 +119,8 @@ def test_branch_foreach_retry_and_catch(project: Path) -> None:
     right = only_task(steps["right"])
     assert right["successful"] and right["attempt"] == 1
     assert sorted(value for name, value, _ in right["metadata"] if name == "attempt") == ["0", "1"]
-    assert len(steps["each"]) == 3 and all(task["successful"] for task in steps["each"].values())
+    assert sorted(task["successful"] for task in steps["each"].values()) == [False, True, True]
+    assert all(task["finished"] for task in steps["each"].values())
     rows = client_of(project).get(f"/api/flows/ShapesFlow/runs/{run}/tasks?_limit=100")["data"]
     shown = sorted((r["step_name"], r["attempt_id"], r["status"]) for r in rows if r["step_name"] == "right")
     assert shown == [("right", 0, "failed"), ("right", 1, "completed")]
@@ -283,9 +284,9 @@ def test_an_explicit_root_holds_everything(project: Path, tmp_path: Path) -> Non
     run = run_id_of(output)
     assert not (work / ".metaflow").exists()
     assert read(project, f"LinearFlow/{run}")["successful"]
-    assert list((project / ".metaflow/mf.cards").rglob("*.html"))
-    cards = client_of(project).get(f"/api/flows/LinearFlow/runs/{run}/steps/end/tasks")["data"][0]["task_id"]
-    path = f"/api/flows/LinearFlow/runs/{run}/steps/end/tasks/{cards}/cards"
+    assert len(list((project / ".metaflow").rglob("*/tasks/*/cards/*.html"))) == 3
+    task = client_of(project).get(f"/api/flows/LinearFlow/runs/{run}/steps/end/tasks")["data"][0]["task_id"]
+    path = f"/api/flows/LinearFlow/runs/{run}/steps/end/tasks/{task}/cards"
     assert len(client_of(project).get(path)["data"]) == 1
 
 

@@ -9,6 +9,11 @@ import sys
 from metaflow import Metaflow, Run, metadata, namespace
 
 
+def value_of(record):
+    """The value of a metadata record; the service answers a list as the text that its database makes of it."""
+    return "{%s}" % ",".join(record.value) if isinstance(record.value, list) else record.value
+
+
 def describe_task(task):
     artifacts = {a.id: [a.sha, str(a.created_at), a.finished_at is not None] for a in task.artifacts}
     return {
@@ -17,7 +22,7 @@ def describe_task(task):
         "attempt": task.current_attempt,
         "created_at": str(task.created_at),
         "artifacts": artifacts,
-        "metadata": sorted([m.name, m.value, m.type] for m in task.metadata),
+        "metadata": sorted([m.name, value_of(m), m.type] for m in task.metadata),
         "tags": sorted(task.tags),
         "parents": sorted(p.pathspec for p in task.parent_tasks) if hasattr(task, "parent_tasks") else [],
         "stdout": task.stdout,
