@@ -127,6 +127,7 @@ WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a
 RACY_NS = 50_000_000  # a directory changed so recently may change again within one tick of its mtime
 RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
 ROWS_KEPT = 20_000  # metadata and artifact records kept in memory, about 1 KiB each
+LEASE_KEPT = 7 * 86_400  # s after which the runs of a wrapper that never said goodbye are forgotten
 SIGNS_FILE = "_mflocal.json"  # in a run's or task's `_meta`; local mode reads only _self, sysmeta_* and N_artifact_*
 
 # Status.
@@ -215,6 +216,7 @@ PLUGIN_FILE_BYTES = 32 * MIB  # of one file of a plugin
 
 # The server.
 READ_SIZE = 64 * KIB  # one read of a socket; an asyncio stream holds at most twice that
+ONE_SHOT = 1.0  # s: who closes a connection so soon after its only request keeps none, and has not died
 SIGNS_INTERVAL = 5.0  # s between two writes of the heartbeats; half of what Metaflow's client waits
 CONTROL_PREFIX = "/_mflocal/"  # the daemon's own routes (section 15)
 
@@ -1279,6 +1281,13 @@ class Store:
                 os.unlink(self.temp_dir)
             os.makedirs(self.temp_dir, mode=0o700)
         os.chmod(self.temp_dir, 0o700)
+        leases = f"{self.temp_dir}/leases"
+        if not _is_directory(leases):
+            _remove([leases])
+            os.mkdir(leases, 0o700)
+        for name in os.listdir(leases):
+            if time.time() - os.lstat(f"{leases}/{name}").st_mtime > LEASE_KEPT:
+                _remove([f"{leases}/{name}"])
         with os.scandir(self.temp_dir) as entries:
             left = [entry.path for entry in entries if not entry.is_dir(follow_symlinks=False)]
         _remove(left)
@@ -1530,6 +1539,29 @@ class Store:
         if signs.lease != lease:
             signs.lease = lease
             self._save_signs(run)
+            try:
+                with open(self._lease_file(lease), "a", encoding="utf-8") as file:
+                    file.write(f"{run.flow}/{run.id}\n")
+            except OSError:
+                pass  # only a restart under this very lease would miss it
+
+    def _lease_file(self, lease: str) -> str:
+        safe = "".join(c for c in lease if c.isalnum())[:64]
+        return f"{self.temp_dir}/leases/{safe}"
+
+    def lease_runs(self, lease: str) -> List[RunNode]:
+        """The runs of one `mflocal run`, also those that a daemon before this one has seen begin."""
+        try:
+            with open(self._lease_file(lease), encoding="utf-8") as file:
+                names = file.read().split()
+        except OSError:
+            return []
+        found = [self.run(flow, run) for flow, _, run in (name.partition("/") for name in names)]
+        return [run for run in found if run is not None]
+
+    def drop_lease(self, lease: str) -> None:
+        """Forgets the runs of a wrapper that is gone."""
+        _remove([self._lease_file(lease)])
 
     def _tell_signs(self, node: RunOrTask) -> None:
         run = node.run if isinstance(node, TaskNode) else node
@@ -2184,6 +2216,7 @@ class Liveness:
             self._leases[lease].discard(connection)
             if not self._leases[lease]:
                 del self._leases[lease]
+                self._store.drop_lease(lease)
         for key in self._spoken.pop(connection, ()):
             held = self._open.get(key)
             if held is None:
@@ -2206,9 +2239,9 @@ class Liveness:
             if not held and self._open.pop(key, None) is not None:
                 self._store.beat(self._nodes.pop(key), int(time.time()))
 
-    def _gone(self, node: RunOrTask, attempt: int) -> None:
+    def _gone(self, node: RunOrTask, attempt: int, sure: bool = False) -> None:
         self._store.beat(node, int(time.time()))
-        if node.path in self._beaten or self._finished(node, attempt):
+        if (node.path in self._beaten and not sure) or self._finished(node, attempt):
             return
         self._store.mark_lost(node, max(attempt, 0), now_ms())
 
@@ -2223,7 +2256,10 @@ class Liveness:
                 for connection in self._open.pop(key, ()):
                     self._spoken.get(connection, set()).discard(key)
                 del self._nodes[key]
-                self._gone(node, key[1])
+                self._gone(node, key[1], sure=True)
+        for run in self._store.lease_runs(lease):
+            if 0 not in self._store.signs(run).lost:
+                self._gone(run, _RUN, sure=True)
 
     def _finished(self, node: RunOrTask, attempt: int) -> bool:
         if isinstance(node, RunNode):
@@ -2294,6 +2330,10 @@ class Liveness:
                 del self._beaten[path]
             elif run.path not in found:
                 found[run.path] = (run, "heartbeat")
+        for lease in self._leases:
+            for run in self._store.lease_runs(lease):
+                if run.path not in found and not self.run_completed(run) and not self._store.signs(run).lost:
+                    found[run.path] = (run, "lease")
         return list(found.values())
 
     def tick(self) -> None:
@@ -2623,7 +2663,7 @@ def run_status(
         return RunStatus(RUNNING, None, elapsed(created_at, now))
     beat = newest(_to_ms(heartbeat), _to_ms(summary.heartbeat))
     if alive is False or lost_at is not None:
-        since = newest(summary.last_start, beat)
+        since = newest(summary.last_start, _to_ms(heartbeat))
         if lost_at is None or since is None or since <= lost_at:
             gone = lost_at if lost_at is not None else newest(beat, summary.last_event, created_at)
             return _run_over(created_at, FAILED, newest(gone, summary.last_finish))
@@ -9897,7 +9937,20 @@ class Takeover:
 class Connection:
     """One client's TCP connection; `deadline` is monotonic seconds, checked by the sweeper."""
 
-    __slots__ = ("reader", "writer", "parser", "deadline", "working", "kept", "ours", "socket", "written", "task")
+    __slots__ = (
+        "reader",
+        "writer",
+        "parser",
+        "deadline",
+        "working",
+        "kept",
+        "ours",
+        "socket",
+        "written",
+        "task",
+        "answers",
+        "answered",
+    )
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -9905,11 +9958,17 @@ class Connection:
         self.parser = RequestParser()
         self.deadline = time.monotonic() + HEADER_TIMEOUT
         self.working = False  # a request is being answered
+        self.answers = 0
+        self.answered = 0.0  # monotonic s of the first answer
         self.kept = False  # a lease: no limit on silence
         self.ours = False  # we decided to close it, so that its end says nothing about the client
         self.socket: Optional[WebSocket] = None
         self.written = -1  # bytes that waited for a slow reader when last looked at
         self.task: Optional[asyncio.Task[None]] = None
+
+    def one_shot(self) -> bool:
+        """Whether the client made one request and left, as clients do that keep no connections (curl)."""
+        return self.answers < 2 and time.monotonic() - self.answered < ONE_SHOT
 
     def abort(self) -> None:
         """Ends the connection at once, by our own decision."""
@@ -10226,7 +10285,7 @@ class Service:
             self.log(traceback.format_exc())
         finally:
             self.connections.discard(connection)
-            if connection.ours or self.draining:
+            if connection.ours or self.draining or connection.one_shot():
                 self.liveness.forget(connection)
             else:
                 self.liveness.closed(connection)
@@ -10336,6 +10395,9 @@ class Service:
             return keep
         finally:
             connection.working = False
+            connection.answers += 1
+            if connection.answers == 1:
+                connection.answered = time.monotonic()
 
     async def _let_read(self, connection: Connection) -> None:
         connection.deadline = time.monotonic() + WRITE_TIMEOUT
@@ -10810,6 +10872,11 @@ class Link:
         self.sock.close()
 
 
+def _place(directory: str) -> List[int]:
+    info = os.stat(directory)
+    return [info.st_dev, info.st_ino]
+
+
 def open_link(state: State) -> Optional[Link]:
     """A connection to the daemon of `state`, after it has proved to be that daemon; None if it is not there.
 
@@ -10824,7 +10891,8 @@ def open_link(state: State) -> Optional[Link]:
     try:
         status, body = link.ask("GET", "/_mflocal/id", secret=False)
         if status == 200 and isinstance(body, dict) and body.get("instance") == state.instance:
-            return link
+            if body.get("place") == _place(state.directory):
+                return link
     except (OSError, ValueError, IndexError):
         pass
     link.close()
@@ -11338,7 +11406,7 @@ class Host:
         return body
 
     def _id(self, request: Request) -> Response:
-        return json_response({"instance": self._state.instance})
+        return json_response({"instance": self._state.instance, "place": _place(self._state.directory)})
 
     def _status(self, request: Request) -> Response:
         self._check(request)

@@ -42,7 +42,7 @@ PATIENCE = 100.0  # s that one answer may take; the peer walks every task of eve
 BUDGET = 5.0  # s that one measurement of requests may take; what was answered by then counts
 SIDECAR_COUNTER = (  # a line of Python that every interpreter of the environment runs first
     "import os; f = os.environ.get('BENCH_SIDECARS'); "
-    "f and b'sidecar_worker' in open('/proc/self/cmdline', 'rb').read() and open(f, 'a').write('x')\n"
+    "f and b'sidecar_worker' in open('/proc/self/cmdline', 'rb').read() and open(f, 'a').write('%d ' % os.getpid())\n"
 )
 FLOW = """
 from metaflow import FlowSpec, step
@@ -474,7 +474,10 @@ class Bench:
         self._venv(self.our_venv, ["metaflow"])
         site = next(self.our_venv.glob("lib/python*/site-packages"))
         if not (self.our_venv / "bin/mflocal").exists():
-            self._pip(self.our_venv, ["--no-deps", str(REPO)])
+            source = self.folder("source")  # pip builds in the folder that it installs from
+            for name in ("mflocal.py", "pyproject.toml", "README.md"):
+                shutil.copyfile(REPO / name, source / name)
+            self._pip(self.our_venv, ["--no-deps", str(source)])
         shutil.copyfile(REPO / "mflocal.py", site / "mflocal.py")  # what pip would install, as of now
         self.python = str(self.our_venv / "bin/python")
         run([self.python, "-m", "compileall", "-q", str(site / "mflocal.py")], clean_env(self.work / "home"), self.work)
@@ -755,11 +758,11 @@ class Bench:
         command = [self.python, "flow.py", "--no-pylint", "run", "--max-workers", str(workers), "--max-num-splits", "999"]
         more = {"BENCH_SIDECARS": str(counter)}
         if name == "local":
-            more.update(METAFLOW_DEFAULT_METADATA="local")
-            return run(command, clean_env(self.work / "home-local", **more), root), 0
-        subject: Subject = self.ours if name == "mflocal" else self.peer
-        seconds = run(subject.run_command(root, *command), {**subject.env, **more}, root)
-        return seconds, len(counter.read_text())
+            seconds = run(command, clean_env(self.work / "home-local", METAFLOW_DEFAULT_METADATA="local", **more), root)
+        else:
+            subject: Subject = self.ours if name == "mflocal" else self.peer
+            seconds = run(subject.run_command(root, *command), {**subject.env, **more}, root)
+        return seconds, len(set(counter.read_text().split()))
 
     # -- size
 
@@ -822,10 +825,14 @@ class Context:
         body = {"user_name": "tester", "tags": ["a"], "system_tags": ["user:tester", "runtime:dev"]}
         self.body = body
         ask(port, "POST", "/flows/BenchFlow", body)
-        self.run = str(json.loads(ask(port, "POST", "/flows/BenchFlow/run", body)[1])["run_number"])
-        self.base = f"/flows/BenchFlow/runs/{self.run}"
+        self.base, self.long = (self._run(), self._run())  # the second gets thousands of steps, as no real one has
         ask(port, "POST", f"{self.base}/steps/work/step", body)
         self.task = self.tasks(1)[0]
+
+    def _run(self) -> str:
+        """The path of a new run."""
+        answer = json.loads(ask(self.port, "POST", "/flows/BenchFlow/run", self.body)[1])
+        return f"/flows/BenchFlow/runs/{answer['run_number']}"
 
     def next(self) -> int:
         """A number not used before."""
@@ -860,7 +867,7 @@ def _same(method: str, path: Callable[[Context], str], body: Any = None) -> Call
 
 
 def _post_step(context: Context, count: int) -> list[bytes]:
-    return [request("POST", f"{context.base}/steps/s{context.next()}/step", context.body) for _ in range(count)]
+    return [request("POST", f"{context.long}/steps/s{context.next()}/step", context.body) for _ in range(count)]
 
 
 def _post_task(context: Context, count: int) -> list[bytes]:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -32,6 +33,10 @@ from processes import (
 )
 
 Start = Callable[..., Started]
+
+# Before 2.14 Metaflow's client opens a connection for every request: then only wrapper, runtime and words tell.
+POOLED = tuple(int(part) for part in metadata.version("metaflow").split(".")[:2]) >= (2, 14)
+needs_pool = pytest.mark.skipif(not POOLED, reason="this Metaflow keeps no connection open")
 
 
 @pytest.fixture
@@ -75,6 +80,7 @@ def died_at_once(row: dict[str, Any], killed: float) -> bool:
 
 
 @pytest.mark.core
+@needs_pool
 def test_kill_9_of_a_task_is_seen_at_once(project: Path, start: Start) -> None:
     """The runtime is held, so that nobody but the task's own connection can tell."""
     run = start("live_sleep.py", "run")
@@ -95,6 +101,24 @@ def test_kill_9_of_a_task_is_seen_at_once(project: Path, start: Start) -> None:
     assert ended.run_row["finished_at"] >= clock * 1000
 
 
+@pytest.mark.core
+def test_a_killed_task_ends_its_run(project: Path, start: Start) -> None:
+    """With every Metaflow: shown running while it lives, failed as soon as the command has ended."""
+    run = start("live_sleep.py", "run")
+    pid, _, pathspec = run.note("start-0")
+    client = client_of(project)
+    with Watch(client, "LiveSleep") as watch:
+        wait_for(lambda: watch.looks > 10)
+        assert running(pid) and not watch.ever("failed")
+    seen = see(client, pathspec)
+    assert (seen.run, seen.task()) == ("running", "running")
+    kill(pid)
+    assert run.wait() == 1
+    soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+
+
+@pytest.mark.core
+@needs_pool
 def test_kill_9_of_the_runtime(project: Path, start: Start) -> None:
     """The run is over at once; its task lives on as an orphan and is shown as that."""
     run = start("live_sleep.py", "run")
@@ -113,6 +137,7 @@ def test_kill_9_of_the_runtime(project: Path, start: Start) -> None:
 
 
 @pytest.mark.core
+@needs_pool
 def test_kill_9_of_the_whole_group_and_it_stays_so(project: Path, start: Start) -> None:
     """Wrapper, runtime and task at once; after a restart of the daemon the answer is the same."""
     run = start("live_sleep.py", "run")
@@ -132,6 +157,7 @@ def test_kill_9_of_the_whole_group_and_it_stays_so(project: Path, start: Start) 
     assert see(client_of(project), pathspec).rows["start", 0] == again.rows["start", 0]
 
 
+@needs_pool
 def test_kill_9_of_the_wrapper_alone(project: Path, start: Start) -> None:
     """The flow goes on without it, and the daemon, though nothing asks it, stays."""
     run = start("live_sleep.py", "run", options=("--idle-timeout", "2"))
@@ -164,6 +190,7 @@ def test_ctrl_c(project: Path, start: Start) -> None:
     assert "Traceback" not in run.output.replace("KeyboardInterrupt", "") or "mflocal.py" not in run.output
 
 
+@needs_pool
 def test_retry_after_a_kill(project: Path, start: Start) -> None:
     """The second attempt brings task and run back to running; the first stays failed."""
     run = start("live_sleep.py", "run", "--with", "retry:times=1,minutes_between_retries=0")
@@ -203,6 +230,7 @@ def test_timeout(project: Path, start: Start) -> None:
 # -- what lives is never shown failed
 
 
+@needs_pool
 def test_a_long_task_without_a_request_lives(project: Path, start: Start) -> None:
     """Silent for many times the cutoff (2 s), and for longer than the idle timeout (4 s)."""
     run = start(
@@ -351,6 +379,7 @@ def test_a_forked_child_and_the_next_attempt(project: Path, start: Start) -> Non
     assert (seen.run, seen.task(), seen.task(attempt=1)) == ("completed", "failed", "completed")
 
 
+@needs_pool
 def test_killed_command_with_living_orphans(project: Path, start: Start) -> None:
     """A command that died by a signal has waited for nobody: what still holds its connection is shown running."""
     run = start("live_sleep.py", "run")
@@ -410,6 +439,7 @@ def test_resume_of_a_killed_run(project: Path, start: Start) -> None:
     assert see(client, pathspec).run_row == before.run_row
 
 
+@needs_pool
 def test_parallel_nodes(project: Path, start: Start) -> None:
     """@parallel runs its nodes as processes of the first one: each lives and dies for itself."""
     run = start("live_parallel.py", "run")
@@ -474,6 +504,7 @@ def test_the_death_of_a_run_started_by_runner(project: Path, start: Start) -> No
     assert run.wait() != 0
 
 
+@needs_pool
 def test_reading_is_not_speaking(project: Path, start: Start) -> None:
     """A program with the Client reads and tags a run on a connection that stays open when the run is killed."""
     run = start("live_sleep.py", "run")
@@ -551,11 +582,14 @@ def beats(client: Client, pathspec: str) -> bool:
 
 
 class Speaker:
-    """One keep-alive connection of a client."""
+    """One keep-alive connection of a client, which has shown by a first request that it keeps it."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, fresh: bool = False) -> None:
         host, _, port = client.url.partition("://")[2].partition(":")
         self.connection = http.client.HTTPConnection(host, int(port), timeout=30)
+        if not fresh:
+            self.connection.request("GET", "/ping")
+            self.connection.getresponse().read()
 
     def __call__(self, method: str, path: str, body: Any = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -630,6 +664,27 @@ def test_the_last_connection_decides(bare: Bare, rudely: bool) -> None:
     seen = soon(bare.client, bare.pathspec, lambda s: s.task() == "failed", second.close(rudely))
     assert seen.run == "running" and died_at_once(seen.rows["start", 0], clock)
     soon(bare.client, bare.pathspec, lambda s: s.run == "failed", bare.runtime.close(rudely))
+
+
+@pytest.mark.core
+def test_a_client_that_opens_a_connection_for_each_request(bare: Bare) -> None:
+    """As Metaflow did before 2.14: the end of such a connection is no death, though the task has just begun."""
+
+    def once(path: str, body: Any) -> Any:
+        speaker = Speaker(bare.client, fresh=True)
+        answer = speaker("POST", path, body)
+        speaker.close()
+        return answer
+
+    body = {"user_name": "u", "tags": [], "system_tags": []}
+    run = once("/flows/F/run", body)["run_number"]
+    once(f"/flows/F/runs/{run}/steps/start/step", body)
+    task = once(f"/flows/F/runs/{run}/steps/start/task", body)["task_id"]
+    row = {"field_name": "attempt", "value": "0", "type": "attempt", "user_name": "u", "tags": ["attempt_id:0"]}
+    once(f"/flows/F/runs/{run}/steps/start/tasks/{task}/metadata", [row])
+    time.sleep(0.3)
+    seen = Seen(bare.client, "F", str(run))
+    assert (seen.run, seen.task()) == ("running", "running")
 
 
 @pytest.mark.core

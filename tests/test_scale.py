@@ -176,6 +176,20 @@ def test_a_task_with_many_artifacts_takes_one_more_as_cheaply(make_site: Callabl
     assert costs[0] == costs[1]
 
 
+def test_a_task_does_not_cost_more_in_a_run_of_many_steps(make_site: Callable[..., Site]) -> None:
+    costs = []
+    for steps in (3, 60):
+        site = make_site(lambda path: make_tree.make_foreach(path, 3))
+        run = only_run(site, "WideRun")
+        for number in range(steps):
+            site.ask("POST", f"{run}/steps/s{number}/step", BODY)
+        settle()
+        for _ in range(2):  # the first looks for the numbers that are taken
+            site.ask("POST", f"{run}/steps/work/task", BODY)
+        costs.append(site.calls("POST", f"{run}/steps/work/task", BODY))
+    assert costs[0] == costs[1]
+
+
 # -- a page costs what is on it
 
 

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
-import mflocal
 import pytest
+
+import mflocal
 from mflocal import Close, Ping, Pong, Problem, Text, WebSocketProtocol
 
 CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10

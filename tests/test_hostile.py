@@ -1,0 +1,1097 @@
+"""Hostile bytes, names, bodies, files, pages and neighbours, against a real service and its real files."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator
+from urllib.parse import quote
+
+import pytest
+from conftest import COMMAND, clean_env, mflocal
+from meta_shared import script
+from test_http import VECTORS
+from test_http import mutate as mutate_bytes
+from test_websocket import frame, random_frames
+from wire import BODY, HOST, UPGRADE, Served, answers, rest_of, until
+
+import mflocal as module
+
+FUZZ_SECONDS = float(os.environ.get("MFLOCAL_FUZZ_SECONDS", "4"))
+FUZZ_SEED = int(os.environ.get("MFLOCAL_FUZZ_SEED", "1"))
+TEXT, PING, CLOSE = 1, 9, 8
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One service for everything that leaves it as it was: that is what is tested."""
+    root = tmp_path_factory.mktemp("hostile") / "root"
+    root.mkdir()
+    with Served(root) as found:
+        found.task()
+        yield found
+
+
+def census(served: Served) -> tuple[int, int]:
+    """(descriptors, tasks) at rest."""
+    time.sleep(0.1)
+    return served.descriptors, served.tasks
+
+
+# -- bytes
+
+
+def test_request_vectors_over_a_socket(served: Served) -> None:
+    """As many answers as requests, in sync, the expected status at the end, and then the end."""
+    before = census(served)
+    for vector in VECTORS:
+        error = vector.expected[-1] if vector.expected and isinstance(vector.expected[-1], int) else None
+        requests = [request for request in vector.expected if not isinstance(request, int)]
+        methods = [request[0] for request in requests]
+        cut = len(vector.data) // 2
+        for pieces in ([vector.data], [vector.data[:cut], vector.data[cut:]]):
+            # After an error the service closes by itself; else it waits for more until we say that none comes.
+            got = served.raw(*pieces, half_close=error is None)
+            found = [status for status in answers(got, methods) if status >= 200]
+            assert 500 not in found, vector.name
+            if error is not None:
+                assert found[-1:] == [error], (vector.name, found)
+                assert len(found) == len(requests) + 1, (vector.name, found)
+            else:
+                assert len(found) in (len(requests), len(requests) + 1), (vector.name, found)
+                assert found[len(requests) :] in ([], [400]), (vector.name, found)  # 400: cut off in the middle
+    served.settled(*before)
+
+
+def test_ends_at_every_moment(served: Served) -> None:
+    """Row 26: a peer that resets, half closes or only stays away, at any byte of a request and of its answer."""
+    before = census(served)
+    whole = b"POST /flows/F/run HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}"
+    runs = len(served.client.get("/flows/F/runs"))
+    for size in range(len(whole)):
+        with served.connect() as sock:
+            if size % 2:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.sendall(whole[:size])
+    for size in (1, 20, 200):
+        with served.connect() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.sendall(b"GET /flows/F/runs HTTP/1.1\r\n" + HOST + b"\r\n")
+            sock.recv(size)
+    served.settled(*before)
+    assert len(served.client.get("/flows/F/runs")) == runs, "half a request made a run"
+
+
+class Grammar:
+    """Requests that are mostly well formed and mean harm, from one source of chance."""
+
+    SEGMENTS = (
+        "..", ".", "%2e%2e", "..%2f..", "%00", "%", "%zz", "%ff", "%c0%ae", "*", "?", "%5c", "_meta", "data", ".mflocal",
+        "latest_run", "0", "-1", "9" * 5000, "9" * 18, "%F0%9F%92%A9", "a" * 300, "%C2%B2", "%D9%A3", "", "~", "null",
+        "F%0d%0aX:y", "x:y", "{flow}", "%ED%A0%80",
+    )  # fmt: skip
+    KEYS = (
+        "_limit", "_page", "_order", "_group", "_group_limit", "_tags", "_cursor", "status", "status:re", "user", "user:ne",
+        "user:re", "user:co", "flow_id:li", "ts_epoch:gt", "duration:le", "run_number", "run:is", "attempt_id", "step_name:ne",
+        "tags:any", "_tags:likeany", "taskId", "postprocess", "metadata_field_name", "pattern", "reverse_order", "start_time",
+        "path", "flow", "key", "value", "once", "timezone", "hash", "invalid", "", ":", "_:", "finished_at:gt", "raw",
+    )  # fmt: skip
+    VALUES = (
+        "", "0", "1", "-1", "1.5", "1e999", "nan", "9" * 4400, "%C2%B2", "%D9%A3", "null", "None", "true", "a,b,,c", ",", "(",
+        "(a%2B)%2B$", "(x%2Bx%2B)%2By", "%5B", "%5C", "a" * 600, "%00", "%", "%80", "+", "-ts_epoch,run", "completed,running",
+        "e30=", "AAAA", "status", "flow_id,user", "%25%25%25", "_____", "(?P<a>x)(?P=a)", ".*" * 100, "\\", "'--", "\"",
+        "2026-01-01", "1999999999999", "%F0%9F%92%A9", "attempt_id:0", "a{1000}{1000}", "(?i)X", "%5Cd",
+    )  # fmt: skip
+    BODIES = (
+        b"", b"{}", b"[]", b"[{}]", b"null", b"1", b'"x"', b"{", b"\xff", b"[" * 5000, b"[" * 200_000, b'{"a":' * 3000,
+        b'{"run_number": "..", "task_id": "../x", "tags": ["\\ud800"]}', b'{"tags": [1], "system_tags": {}}', b"NaN",
+        b'{"user_name": 1e999, "tags": null}', b'[{"field_name": "/", "value": "x"}]', b'{"tags_to_add": [[]]}',
+        b'[{"field_name": "a", "value": [1e999, true, "x"]}]', b'[{"name": "..", "attempt_id": -1}]', b"9" * 5000,
+        b'{"tags_to_add": ["a", "\\u0000"], "tags_to_remove": "x"}', b'[{"name": "n", "attempt_id": 1e3, "sha": null}]',
+        b'[{"field_name": "attempt", "value": "99999999"}]', b'[{"field_name": "attempt", "value": "\\u0663"}]',
+        b'{"user_name": "a", "user_name": {"b": 1}}', b'{"task_id": "1", "run_number": 5}', b'\xef\xbb\xbf{}',
+        b'[{"field_name": "attempt_ok", "value": "maybe", "tags": ["attempt_id:99999999999999999999"]}]',
+    )  # fmt: skip
+    FIELDS = (
+        b"Origin: null", b"Origin: http://localhost:3000", b"Origin: http://evil.example", b"Sec-Fetch-Site: cross-site",
+        b"Connection: close", b"Connection: upgrade, keep-alive", b"Range: bytes=" + b"9" * 5000 + b"-", b"Range: bytes=5-1",
+        b"Expect: 100-continue", b"If-None-Match: *", b"x-mflocal-lease: ..", b"x-mflocal-token: \xff", b"x-api-key: \xe9",
+        b"Cookie: mflocal_key=\xff; a", b"Upgrade: websocket", b"X-Forwarded-Proto: javascript", b"X-Forwarded-Host: evil",
+        b"Accept-Encoding: gzip", b"Content-Type: text/html", b"Authorization: Basic =", b"Host: evil.example",
+        b"Access-Control-Request-Method: POST", UPGRADE[:-2],
+    )  # fmt: skip
+
+    def __init__(self, seed: int, task: str, routes: list[tuple[str, str]]) -> None:
+        self.chance = random.Random(seed)
+        words = task.split("/")
+        self.known = {"flow": "F", "run": words[4], "step": words[6], "task": words[8], "attempt": "0", "name": "x"}
+        self.routes = routes
+
+    def target(self) -> tuple[str, str]:
+        chance = self.chance
+        method, pattern = chance.choice(self.routes)
+        segments = []
+        for segment in pattern.split("/")[1:]:
+            good = self.known.get(segment.strip("{}"), "x") if segment[:1] == "{" else segment
+            segments.append(chance.choice(self.SEGMENTS) if chance.random() < 0.12 else good)
+        path = "/" + "/".join(segments)
+        pairs = [f"{chance.choice(self.KEYS)}={chance.choice(self.VALUES)}" for _ in range(chance.choice((0, 0, 1, 1, 2, 5)))]
+        return method, path + ("?" + "&".join(pairs) if pairs else "")
+
+    def request(self) -> bytes:
+        chance = self.chance
+        method, target = self.target()
+        if chance.random() < 0.1:
+            method = chance.choice(("HEAD", "OPTIONS", "PATCH", "DELETE", "POST", "GET", "PUT"))
+        lines = [f"{method} {target} HTTP/1.{int(chance.random() > 0.05)}".encode(), HOST[:-2]]
+        lines += [chance.choice(self.FIELDS) for _ in range(chance.choice((0, 0, 0, 1, 2)))]
+        body = chance.choice(self.BODIES) if method not in ("GET", "HEAD") or chance.random() < 0.02 else b""
+        if chance.random() < 0.2:
+            lines.append(b"Transfer-Encoding: chunked")
+            cut = chance.randrange(1, 40)
+            pieces = [body[i : i + cut] for i in range(0, min(len(body), 4000), cut)]
+            body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+        elif body or chance.random() < 0.1:
+            lines.append(b"Content-Length: %d" % (len(body) + (chance.random() < 0.03)))
+        return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+    def noise(self) -> bytes:
+        """One to four requests on a connection, some of them with bytes changed."""
+        chance = self.chance
+        data = b"".join(self.request() for _ in range(chance.choice((1, 1, 1, 2, 4))))
+        return mutate_bytes(chance, data) if chance.random() < 0.4 else data
+
+
+class Noted(module.Router):
+    """A router that remembers its patterns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patterns: list[tuple[str, str]] = []
+
+    def add(self, method: str, pattern: str, handler: Any) -> None:
+        self.patterns.append((method, pattern))
+        super().add(method, pattern, handler)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Any:
+    """(store, router with every route) in this process, on a root of its own."""
+    settings = module.Settings(root=str(tmp_path / "project"))
+    os.makedirs(settings.state_dir, mode=0o700)
+    store = module.Store(settings.metaflow_dir, os.path.join(settings.state_dir, "tmp"))
+    store.sweep()
+    router, liveness = Noted(), module.Liveness(store)
+    module.register_metadata_routes(router, module.MetadataApi(store, liveness, settings))
+    module.register_ui_routes(router, store, liveness, settings)
+    return store, router
+
+
+def routes_of(parts: Any) -> list[tuple[str, str]]:
+    own = [("GET", "id"), ("GET", "status"), ("POST", "stop"), ("POST", "lease"), ("POST", "ui"), ("GET", "login")]
+    more = [("GET", "/api/ws"), ("GET", "/"), ("GET", "/static/x.js"), ("OPTIONS", "*")]
+    return parts[1].patterns + more + [(method, f"/_mflocal/{name}") for method, name in own]
+
+
+def hostile_files(task: Path) -> None:
+    """What a checkout may have shipped beside good files: records of any shape."""
+    odd = [None, 5, "x", [], {}, [[]], {"a": 1}, True, -1, 1e300, 10**30, "²", "9" * 5000, ["attempt_id:²"], [{}]]
+    for number, value in enumerate(odd):
+        record = {key: value for key in ("ts_epoch", "tags", "system_tags", "user_name", "value", "field_name", "run_number")}
+        for name in (f"sysmeta_odd_{number}", f"sysmeta_attempt_{number}", f"{number}_artifact_odd", "9" * 200 + "_artifact_x",
+                     f"sysmeta_attempt_ok_{number}", f"{number}_artifact__task_ok", "sysmeta_x_" + "9" * 200):  # fmt: skip
+            (task / "_meta" / f"{name}.json").write_text(json.dumps(record))
+        for level in (task.parents[2], task.parents[1], task.parent, task):
+            other = level.parent / f"odd{number}" / "_meta"
+            other.mkdir(parents=True, exist_ok=True)
+            (other / "_self.json").write_text(json.dumps(record))
+            (other / "_mflocal.json").write_text(json.dumps({"last_heartbeat_ts": value, "lost": {str(value): value}, "lease": value}))
+
+
+def test_grammar_fuzz(served: Served, parts: Any) -> None:
+    """MFLOCAL_FUZZ_SECONDS (4) and MFLOCAL_FUZZ_SEED (1) say how long and which."""
+    task = served.task()
+    served.client.post(f"{task}/metadata", [{"field_name": "f", "value": "a" * 40}, {"field_name": "attempt", "value": "0"}])
+    served.client.post(f"{task}/artifact", [{"name": "x", "sha": "1", "attempt_id": 0}])
+    before = census(served)
+    grammar = Grammar(FUZZ_SEED, task, routes_of(parts))
+    end, count, seen, slowest = time.monotonic() + FUZZ_SECONDS, 0, {}, 0.0
+    while time.monotonic() < end:
+        data = grammar.noise()
+        began = time.monotonic()
+        got = served.raw(data)  # a timeout in there is a hang
+        took = time.monotonic() - began
+        slowest = max(slowest, took)
+        statuses = [int(status) for status in re.findall(rb"(?:^|\n)HTTP/1.1 (\d{3}) ", got)]
+        assert got[:9] in (b"HTTP/1.1 ", b""), (data, got[:100])
+        assert 500 not in statuses, (data[:2000], got[-1000:])
+        assert served.process.poll() is None, data
+        for status in statuses:
+            seen[status] = seen.get(status, 0) + 1
+        count += 1
+    print(f"{count} connections, slowest {slowest:.2f} s, answers {dict(sorted(seen.items()))}")
+    assert {200, 400, 404, 405} <= set(seen) and count > 20 * FUZZ_SECONDS
+    served.settled(before[0] + 1, before[1])
+
+
+def test_records_of_any_shape(tmp_path: Path, parts: Any) -> None:
+    """Hostile files instead of hostile requests: every reading route answers, none with 500."""
+    root = tmp_path / "odd"
+    root.mkdir()
+    with Served(root) as served:
+        path = served.task()
+        served.kill()
+    _, _, flow, _, run, _, step, _, task = path.split("/")
+    hostile_files(served.metaflow / flow / run / step / task)
+    wrong = {}
+    with Served(root) as served:
+        for number in [*range(15), None]:
+            names = {"flow": "F", "run": run, "step": step, "task": task, "attempt": "0", "name": "odd"}
+            for level in ("run", "step", "task") if number is not None else ("none",):
+                for method, pattern in routes_of(parts):
+                    if method != "GET" or "/ws" in pattern or (level != "none" and f"{{{level}}}" not in pattern):
+                        continue
+                    if pattern.startswith("/api/metadata") or pattern.startswith("/_mflocal"):
+                        continue
+                    target = pattern.format(**{**names, level: f"odd{number}"}, hash="x", file="x")
+                    got = served.raw(b"GET " + target.encode() + b" HTTP/1.0\r\n" + HOST + b"\r\n")
+                    if not got or answers(got)[0] >= 500:
+                        wrong[target] = got[:60]
+        assert wrong == {}, served.log[-3000:]
+        assert "Traceback" not in served.log
+
+
+# -- WebSocket
+
+RESOURCES = ("/runs", "/flows", "/flows/F/runs", "/flows/../runs", "/flows/%2e%2e/runs", "/%", "", "/runs?", "/flows/F/runs/%00")
+MESSAGES = (
+    '{"type": "SUBSCRIBE", "uuid": "a", "resource": "%s"}', '{"type": "SUBSCRIBE", "uuid": 5, "resource": "%s", "since": 1}',
+    '{"type": "SUBSCRIBE", "uuid": "a", "resource": "%s?status:re=(a+)+$&_tags=x"}', '{"type": "UNSUBSCRIBE", "uuid": "a"}',
+    '{"type": "SUBSCRIBE", "uuid": [1], "resource": "%s"}', '{"type": "SUBSCRIBE", "uuid": "\\ud800", "resource": "%s"}',
+    '{"type": "SUBSCRIBE", "uuid": "b", "resource": "%s", "since": 1e999}', "__ping__", "[" * 3000, "NaN", "", "null", "{}",
+    '{"type": "SUBSCRIBE", "uuid": "c", "resource": "%s?_limit=' + "9" * 4400 + '"}', '{"key": "x", "value": "%s"}',
+    '{"type": "SUBSCRIBE", "uuid": "c", "resource": "%s", "since": "' + "9" * 4400 + '"}', '{"type": {"a": 1}, "uuid": {}}',
+)  # fmt: skip
+
+
+def closing_code(data: bytes) -> int | None:
+    """The code of the close frame that must be the last of these server frames; None when there is none."""
+    code = None
+    while data:
+        assert code is None, "frames behind a close frame"
+        assert data[0] in (0x81, 0x88, 0x89, 0x8A) and not data[1] & 0x80, data[:20].hex()
+        size, head = data[1], 2
+        if size == 126:
+            size, head = int.from_bytes(data[2:4], "big"), 4
+        elif size == 127:
+            size, head = int.from_bytes(data[2:10], "big"), 10
+        payload = data[head : head + size]
+        assert len(payload) == size
+        if data[0] == 0x88:
+            code = int.from_bytes(payload[:2], "big") if payload else 1005
+        elif data[0] == 0x81:
+            payload.decode("utf-8")
+        data = data[head + size :]
+    return code
+
+
+def test_websocket_fuzz(served: Served) -> None:
+    before = census(served)
+    chance = random.Random(FUZZ_SEED)
+    end, count, codes = time.monotonic() + FUZZ_SECONDS / 2, 0, set()
+    paths = ("/api/ws", "/api/ws", "/api/search/flows/F/runs/1?key=x&value=y", "/api/flows/F/runs/1/search?key=(&value=%25")
+    while time.monotonic() < end:
+        with served.websocket(chance.choice(paths)) as sock:
+            data = b""
+            for _ in range(chance.randrange(4)):
+                text = chance.choice(MESSAGES)
+                text = text.replace("%s", chance.choice(RESOURCES))
+                data += frame(TEXT, text.encode())
+            data += random_frames(chance) if chance.random() < 0.7 else b""
+            try:
+                sock.sendall(data + frame(CLOSE, b"\x03\xe8"))
+                sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass
+            codes.add(closing_code(rest_of(sock)))
+        count += 1
+    print(f"{count} connections, codes {codes}")
+    assert {1000, 1002} <= codes and codes <= {None, 1000, 1001, 1002, 1003, 1005, 1007, 1009} | set(range(1000, 5000))
+    served.settled(*before)
+
+
+def test_websocket_ends_at_every_moment(served: Served) -> None:
+    before = census(served)
+    whole = frame(TEXT, b'{"type": "SUBSCRIBE", "uuid": "a", "resource": "/runs"}') + frame(PING, b"x") + frame(CLOSE, b"\x03\xe8")
+    for size in range(0, len(whole), 3):
+        with served.websocket() as sock:
+            if size % 2:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.sendall(whole[:size])
+    served.settled(*before)
+
+
+# -- bodies
+
+
+def test_json_bombs(served: Served) -> None:
+    """Row 34: each is refused or stored as something that reads back as JSON."""
+    task = served.task()
+    run, posts = task.rpartition("/steps")[0], (f"{task}/metadata", f"{task}/artifact", "/flows/F/run")
+    bombs = [
+        b"[" * 100_000, b'{"a":' * 100_000, b"[" * 3_000_000, b"9" * 100_000, b"-" + b"9" * 5000, b"NaN", b"-Infinity", b"Infinity",
+        b'[{"field_name": "a", "value": NaN}]', b'[{"name": "a", "attempt_id": NaN}]', b'{"user_name": Infinity}',
+        b'[{"field_name": "a", "value": ' + b"9" * 5000 + b"}]", b'[{"field_name": "a", "value": {"a": 1}}]', b"{'a': 1}",
+        b'[{"field_name": "a\\ud800", "value": "v"}]', b'[{"name": "\\udfff"}]', b"\xed\xa0\x80", b"\xff\xfe{\x00}\x00", b"{}{}",
+        b'[{"field_name": "a", "value": "v"}', b"// {}", b'[{"field_name": "a", "value": [[1]]}]', b'{"tags": ["a", {"b": 1}]}',
+    ]  # fmt: skip
+    for bomb in bombs:
+        for path in posts[:1] if b"field_name" in bomb else posts[1:2] if b"name\"" in bomb else posts:
+            answer = served.client("POST", path, bomb)
+            assert answer.status in (400, 413), (path, bomb[:60], answer)
+            assert set(answer.body) == {"id", "status", "title", "detail", "type"} and len(answer.body["detail"]) < 500
+    doubled = b'[{"field_name": "twice", "value": "first", "value": "second"}]'
+    assert served.client("POST", posts[0], doubled).status == 200
+    served.client.post(posts[0], [{"field_name": "lone", "value": "\ud800 \udfff", "tags": ["\udc80"]}])
+    rows = {row["field_name"]: row["value"] for row in served.client.get(f"{task}/metadata")}
+    assert rows == {"twice": "second", "lone": "\ud800 \udfff"}
+    assert served.client.get(run)["flow_id"] == "F"
+
+
+def test_numbers_beyond_json_never_reach_the_disk(served: Served) -> None:
+    """1e999 is JSON and becomes infinite, which no other reader of the file or of the answer understands."""
+    task = served.task()
+    for value in (b"1e999", b"[1e999]", b"[1, -1e999]"):
+        served.client("POST", f"{task}/metadata", b'[{"field_name": "inf", "value": ' + value + b"}]")
+    served.client("POST", f"{task}/artifact", b'[{"name": "inf", "sha": 1e999, "tags": []}]')
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    for file in (served.metaflow / "F").rglob("*inf*.json"):
+        json.loads(file.read_text(), parse_constant=refuse)
+    for path in ("metadata", "artifacts"):
+        answers(served.raw(b"GET " + f"{task}/{path}".encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n"))
+
+
+def test_the_largest_body_and_one_byte_more(served: Served) -> None:
+    task = served.task()
+    before = census(served)
+    frame_of_row = b'[{"field_name": "big", "value": "%s"}]'
+    largest = frame_of_row % (b"x" * (module.MAX_BODY - len(frame_of_row) + 2))
+    assert len(largest) == module.MAX_BODY
+    assert served.client("POST", f"{task}/metadata", largest).status == 200
+    assert len(served.client.get(f"{task}/metadata")[0]["value"]) > module.MAX_BODY - 100
+    head = b"POST /flows/F/run HTTP/1.1\r\n" + HOST
+    too_much = head + b"Content-Length: %d\r\n\r\n" % (module.MAX_BODY + 1)
+    assert answers(served.raw(too_much, half_close=False)) == [413]
+    expecting = head + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (module.MAX_BODY + 1)
+    assert answers(served.raw(expecting, half_close=False)) == [413]
+    chunk = b"100000\r\n" + b"x" * 0x100000 + b"\r\n"
+    got = served.raw(head + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 17, half_close=False)
+    assert got[:13] in (b"HTTP/1.1 413 ", b"")  # a reset may overtake it
+    served.settled(*before)
+
+
+def test_an_ordinary_client_learns_that_its_body_is_too_large(served: Served) -> None:
+    """It sends all before it reads: the refusal must not be lost in a reset, which Metaflow's client retries."""
+    assert served.client("POST", "/flows/F/run", b"x" * (module.MAX_BODY + 1024 * 1024)).status == 413
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*$", "(a*)*b", r"(.*)\1(.*)\2(.*)\3$", "(?:a?){40}a{40}$"])
+def test_a_catastrophic_pattern_stops_nobody(served: Served, pattern: str) -> None:
+    task = served.task()
+    run, step = task.rpartition("/steps")[0], task.rpartition("/tasks")[0]
+    served.client.post(f"{task}/metadata", [{"field_name": "f", "value": "a" * 40 + "!"}])
+    served.client.post("/flows/F/run", {**BODY, "user_name": "a" * 40 + "!"})
+    found: list[int] = []
+    targets = [f"{step}/filtered_tasks?metadata_field_name=f&pattern={quote(pattern)}"] * 3
+    targets += [f"/api/flows/F/runs?user:re={quote(pattern)}", f"/flows/F/runs?user:re={quote(pattern)}", f"/api{run}/tasks?taskId:re={quote(pattern)}"]
+    threads = [threading.Thread(target=lambda t=t: found.append(served.client("GET", t).status)) for t in targets]
+    for thread in threads:
+        thread.start()
+    waits = []
+    while any(thread.is_alive() for thread in threads):
+        began = time.monotonic()
+        assert served.client("POST", f"{task}/heartbeat", {}).status == 200
+        waits.append(time.monotonic() - began)
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert set(found) <= {200, 400} and sorted(waits)[len(waits) * 9 // 10] < 0.5 and max(waits) < 2.0, (found, max(waits))
+    until(lambda: not served.children, 5)
+
+
+# -- deadlines, caps, slow peers. The constants are real, only their values are smaller.
+
+QUICK = {"HEADER_TIMEOUT": 0.8, "BODY_TIMEOUT": 0.8, "KEEP_ALIVE_TIMEOUT": 0.8, "WRITE_TIMEOUT": 0.8}
+LATEST = 6.0  # s: two deadlines of 0.8 s, each seen up to a second late, on a busy machine
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    path = tmp_path / "root"
+    path.mkdir()
+    return path
+
+
+def drip(sock: socket.socket, data: bytes, pause: float) -> tuple[bytes, float]:
+    """Sends byte by byte until the service has enough; what it said, and after how long it closed."""
+    began = time.monotonic()
+    for byte in data:
+        try:
+            sock.sendall(bytes((byte,)))
+        except OSError:
+            break
+        sock.settimeout(pause)
+        try:
+            got = sock.recv(65536)
+        except socket.timeout:
+            continue
+        except OSError:
+            got = b""
+        if got:
+            sock.settimeout(20)
+            got += rest_of(sock)
+        return got, time.monotonic() - began
+    return b"", time.monotonic() - began
+
+
+def test_slow_senders_are_sent_away(root: Path) -> None:
+    """Row 31. A head has one deadline for all of it, a body one for each piece, a pause between requests its own."""
+    with Served(root, quick=QUICK) as served:
+        before = census(served)
+        head = b"POST /flows/F HTTP/1.1\r\n" + HOST
+        got, took = drip(served.connect(), head + b"X-Slow: " + b"x" * 500, 0.1)
+        assert answers(got) == [408] and took < LATEST
+        got, took = drip(served.connect(), b"\r\n" + head + b"X-Slow: " + b"x" * 500, 0.1)
+        assert answers(got) == [408] and took < LATEST
+        whole = head + b"Content-Length: 26\r\nConnection: close\r\n\r\n"
+        with served.connect() as sock:  # a body that goes on coming is waited for
+            sock.sendall(whole)
+            got, took = drip(sock, b'{"user_name": "patient" }   ', 0.15)
+            assert answers(got) == [200] and took > 3
+        with served.connect() as sock:  # one that stops is not
+            sock.sendall(whole + b"{")
+            assert answers(rest_of(sock)) == [408]
+        for started in (b"Transfer-Encoding: chunked\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n5\r\nab", b"Transfer-Encoding: chunked\r\n\r\n0\r\n"):
+            with served.connect() as sock:
+                sock.sendall(head + started)
+                assert answers(rest_of(sock)) == [408]
+        for sent in (b"", b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n", b"\r\n"):
+            with served.connect() as sock:  # silence between requests is no error
+                sock.sendall(sent)
+                began = time.monotonic()
+                assert answers(rest_of(sock)) in ([200], [], [408]) and time.monotonic() - began < LATEST
+        served.settled(*before)
+
+
+def test_silence_is_allowed_to_what_speaks_for_work(root: Path) -> None:
+    with Served(root, quick=QUICK) as served:
+        served.client.post("/flows/F", {})
+        data = json.dumps(BODY).encode()
+        post = b"POST /flows/F/run HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(data) + data
+        with served.connect() as speaks, served.connect() as other:
+            speaks.sendall(post)
+            assert speaks.recv(65536).startswith(b"HTTP/1.1 200")
+            other.sendall(b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n")
+            assert rest_of(other)  # has been closed
+            time.sleep(1)
+            speaks.sendall(b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n")
+            assert speaks.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def large_task(served: Served, size: int) -> str:
+    task = served.task()
+    served.client.post(f"{task}/metadata", [{"field_name": "big", "value": "x" * size}])
+    return task
+
+
+@pytest.mark.parametrize("how", ["keep-alive", "close", "close-small", "half-close"])
+def test_readers_who_stop_reading_are_sent_away(root: Path, how: str) -> None:
+    """Row 33. Also when all that is left of the answer waits in the service and the connection is closing."""
+    with Served(root, quick=QUICK, buffer=4096) as served:
+        task = large_task(served, 40_000 if how == "close-small" else 3_000_000)
+        before = census(served)
+        socks = []
+        for _ in range(5):
+            sock = served.connect(receive=2048)
+            close = b"Connection: close\r\n" if how.startswith("close") else b""
+            sock.sendall(b"GET " + task.encode() + b"/metadata HTTP/1.1\r\n" + HOST + close + b"\r\n")
+            if how == "half-close":
+                sock.shutdown(socket.SHUT_WR)
+            assert sock.recv(1) == b"H"
+            socks.append(sock)
+        began = time.monotonic()
+        try:
+            until(lambda: served.descriptors <= before[0], LATEST * 2)
+        finally:
+            print(f"{served.descriptors - before[0]} left after {time.monotonic() - began:.1f} s")
+            for sock in socks:
+                sock.close()
+        served.settled(*before)
+
+
+def test_a_slow_reader_gets_everything(root: Path) -> None:
+    """Slow is not stopped: who takes a little within each deadline is served to the end."""
+    with Served(root, quick=QUICK, buffer=4096) as served:
+        task = large_task(served, 120_000)
+        with served.connect(receive=2048) as sock:
+            sock.sendall(b"GET " + task.encode() + b"/metadata HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
+            got = b""
+            while True:
+                data = sock.recv(3000)
+                if not data:
+                    break
+                got += data
+                time.sleep(0.1)
+        assert answers(got) == [200] and len(got) > 120_000
+
+
+def test_the_cap_on_connections(root: Path) -> None:
+    """Row 32: the rest is told 503, those inside notice nothing, and there is room again when they leave."""
+    with Served(root, quick={"MAX_CONNECTIONS": 20}) as served:
+        task = served.task()
+        before = census(served)
+        inside = [served.connect() for _ in range(20)]
+        beat = b"POST " + task.encode() + b"/heartbeat HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}"
+        for sock in inside:
+            sock.sendall(beat)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        for _ in range(10):
+            with served.connect() as sock:
+                assert answers(rest_of(sock)) == [503]
+        refused = 0
+        for _ in range(10):  # a client that has sent its request already must not lose the answer in a reset
+            refused += answers(served.raw(beat, half_close=False)) == [503]
+        assert refused == 10
+        for sock in inside:
+            sock.sendall(beat)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+            sock.close()
+        until(lambda: served.descriptors <= before[0])
+        assert served.client("GET", "/ping").status == 200
+        served.settled(*before)
+
+
+def test_descriptors_run_out(root: Path) -> None:
+    """A low hard limit lowers the cap; the store still can open its files."""
+    command = ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh"]
+    with Served(root) as served:  # to have a task on disk
+        task = served.task()
+        served.kill()
+    log = open(str(root) + ".log", "ab")
+    process = subprocess.Popen([*command, *COMMAND, "serve", "--root", str(root)], cwd=root, env=clean_env(), stderr=log, stdout=log)
+    try:
+        state = root / ".metaflow/.mflocal/daemon.json"
+        until(lambda: state.exists() and json.loads(state.read_text())["pid"] == process.pid and json.loads(state.read_text())["state"] == "ready")
+        port = json.loads(state.read_text())["port"]
+        socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(150)]
+        time.sleep(0.3)
+        inside = []
+        for sock in socks:
+            sock.settimeout(10)
+            try:
+                sock.sendall(b"POST " + task.encode() + b'/metadata HTTP/1.1\r\n' + HOST + b'Content-Length: 33\r\n\r\n[{"field_name": "a", "value": ""}]'[:-1] + b"")
+                got = sock.recv(65536)
+            except OSError:
+                got = b""
+            inside.append(got[9:12])
+        assert b"500" not in inside and inside.count(b"200") + inside.count(b"400") >= 8, inside
+        for sock in socks:
+            sock.close()
+    finally:
+        process.terminate()
+        process.wait(20)
+        log.close()
+    assert "Traceback" not in Path(str(root) + ".log").read_text()
+
+
+@pytest.mark.parametrize("how", ["stays", "says goodbye"])
+def test_a_deaf_websocket_is_dropped(root: Path, how: str) -> None:
+    """The queue of a client that does not read is bounded, and is not kept for one that closes without reading."""
+    quick = {**QUICK, "WS_MAX_QUEUE": 200_000, "WS_PING_INTERVAL": 2.0, "WS_PING_TIMEOUT": 1.0}
+    with Served(root, quick=quick, buffer=4096) as served:
+        served.task()
+        before = census(served)
+        deaf, hears = served.websocket(receive=2048), served.websocket()
+        wish = frame(TEXT, b'{"type": "SUBSCRIBE", "uuid": "a", "resource": "/runs"}')
+        for sock in (deaf, hears):
+            sock.sendall(wish)
+        time.sleep(0.3)
+        for number in range(8 if how == "says goodbye" else 60):
+            served.client.post("/flows/F/run", {**BODY, "tags": [f"{number}" + "x" * 5000]})
+        if how == "says goodbye":
+            time.sleep(0.5)
+            deaf.sendall(frame(CLOSE, b"\x03\xe8"))
+        heard = b""
+        hears.settimeout(10)
+        while heard.count(b'"INSERT"') < 8:
+            heard += hears.recv(65536)
+        began = time.monotonic()
+        until(lambda: served.descriptors <= before[0] + 1, 12)
+        print(f"gone after {time.monotonic() - began:.1f} s")
+        hears.close()
+        deaf.close()
+        served.settled(*before)
+
+
+# -- names: what reaches the disk
+
+
+class Watch:
+    """Every path that this process opens, lists, makes, renames or removes while it is on (audit hooks stay for life)."""
+
+    EVENTS = {"open": 1, "os.listdir": 1, "os.scandir": 1, "os.mkdir": 1, "os.rename": 2, "os.remove": 1, "os.rmdir": 1,
+              "os.symlink": 2, "os.link": 2, "os.chmod": 1, "os.truncate": 1, "os.chown": 1, "os.mknod": 1}  # fmt: skip
+
+    def __init__(self) -> None:
+        self.paths: list[str] | None = None
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: Any) -> None:
+        if self.paths is not None and event in self.EVENTS:
+            for path in args[: self.EVENTS[event]]:
+                if isinstance(path, (str, bytes)):
+                    self.paths.append(os.fsdecode(path))
+
+
+@pytest.fixture(scope="session")
+def watch() -> Watch:
+    return Watch()
+
+
+given = pytest.importorskip("hypothesis").given
+example = pytest.importorskip("hypothesis").example
+settings = pytest.importorskip("hypothesis").settings
+st = pytest.importorskip("hypothesis.strategies")
+
+NASTY = ["..", ".", "", "/", "//", "../../x", "..\\..", "a/b", "/etc/passwd", "\0", "a\0b", ".mflocal", ".tmp", "_meta", "data",
+         "latest_run", "mf.cards", "*", "?", "[a]", "~", "-", "a\nb", "\ud800", "é", "e\u0301", "ﬁ", "K", "x" * 255, "x" * 256,
+         "ü" * 127, "CON", "a:b", "C:", "%2e%2e", "%2F", "..%2f", "_self", "_mflocal", "0", "00", "١", "²", "1" * 40]  # fmt: skip
+SERIAL = itertools.count(1)  # a run of its own for each example: none depends on those before
+names = st.sampled_from(NASTY) | st.text(max_size=12) | st.from_regex(r"[A-Za-z0-9._:-]{1,20}", fullmatch=True)
+
+
+def ask(router: module.Router, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    """One request through the routes, as section 14 does it; anything but a Problem is a bug."""
+    data = b"" if body is None else json.dumps(body).encode()
+
+    async def whole() -> tuple[int, Any]:
+        path_only, _, query = path.partition("?")
+        request = module.Request(method, path_only, query, {"host": "localhost"}, data, authority="localhost")
+        try:
+            result = router.dispatch(request)
+            if not isinstance(result, module.Response):
+                result = await result
+        except module.Problem as problem:
+            return problem.status, problem.detail
+        if result.stream is not None:
+            return result.status, [piece async for piece in result.stream]
+        try:
+            return result.status, json.loads(result.body)
+        except ValueError:
+            return result.status, result.body
+
+    return asyncio.run(whole())
+
+
+def segment(text: str) -> str:
+    return quote(text.encode("utf-8", "surrogatepass"), safe="")
+
+
+def inside(path: str, metaflow_dir: str, flow: str) -> bool:
+    """The rule: only .metaflow itself, its flow, the flow's cards, and the folder for temp files."""
+    real = os.path.realpath(path)
+    own = [os.path.join(metaflow_dir, *parts) for parts in ((flow,), ("mf.cards",), (".mflocal", "tmp"))]
+    return real == metaflow_dir or any(real == place or real.startswith(place + os.sep) for place in own)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(pytest.importorskip("hypothesis").HealthCheck))
+@example(flow="..", run="..", step="..", task="..", name="..", more="..")
+@example(flow="\ud800", run="\ud800", step="\ud800", task="\ud800", name="\ud800", more="\ud800")
+@given(flow=names, run=names, step=names, task=names, name=names, more=names)
+def test_nothing_outside_is_opened(parts: Any, watch: Watch, flow: str, run: str, step: str, task: str, name: str, more: str) -> None:
+    """Whatever stands in the URL or in the body, for every route there is."""
+    store, router = parts
+    root, secret = os.path.realpath(store.root), os.path.join(os.path.dirname(store.root), "secret")
+    if not os.path.exists(secret):
+        os.makedirs(os.path.join(secret, "_meta"))
+        Path(secret, "_meta", "_self.json").write_text('{"flow_id": "secret", "ts_epoch": 1}')
+    values = {"flow": flow, "run": run, "step": step, "task": task, "name": name, "hash": more, "file": more, "attempt": more}
+    good = {"flow": "Flow", "run": f"r-{next(SERIAL)}", "step": "start", "task": "t-1", "name": "x"}
+    ask(router, "POST", "/flows/Flow", BODY)
+    base = f"/flows/Flow/runs/{good['run']}/steps/start"
+    ask(router, "POST", "/flows/Flow/run", {**BODY, "run_number": good["run"]})
+    ask(router, "POST", f"{base}/step", BODY)
+    ask(router, "POST", f"{base}/task", {**BODY, "task_id": "t-1"})
+    calls = []
+    for method, pattern in router.patterns:
+        if pattern.startswith("/api/metadata") or "{" not in pattern:
+            continue
+        for key in values:  # one hostile part at a time, then all
+            if f"{{{key}}}" in pattern:
+                calls.append((method, pattern, {**good, "hash": "x", "file": "x", "attempt": "0", key: values[key]}))
+        calls.append((method, pattern, values))
+    own = [("POST", "/flows/Flow/run", {"run_number": run}), ("POST", f"{base}/task", {"task_id": task}),
+           ("POST", f"{base}/tasks/t-1/metadata", [{"field_name": name, "value": more, "type": more, "user_name": more}]),
+           ("POST", f"{base}/tasks/t-1/metadata", [{"field_name": "ds-root", "value": more}, {"field_name": "ds-type", "value": "local"}]),
+           ("POST", f"{base}/tasks/t-1/artifact", [{"name": name, "location": more, "sha": more, "ds_type": "local"}]),
+           ("GET", f"/api{base}/tasks/t-1/artifacts?postprocess=true", None), ("GET", f"/api{base}/tasks/t-1/logs/out", None)]  # fmt: skip
+    watch.paths = heard = []
+    try:
+        results = [ask(router, method, pattern.format(**{k: segment(v) for k, v in vals.items()}), {} if method != "GET" else None)
+                   for method, pattern, vals in calls]  # fmt: skip
+        results += [ask(router, *call) for call in own]
+    finally:
+        watch.paths = None
+    assert not [result for result in results if result[0] >= 500 and result[0] != 501]  # 501: not a local datastore
+    assert not [result for result in results if "secret" in str(result[1]) and "secret" not in str(values)]
+    flows = [name for name in os.listdir(root) if name.isidentifier()]
+    wrong = [path for path in heard if not any(inside(path, root, name) for name in [*flows, "Flow", "x"])]
+    # Python's own imports and pseudo random sources of asyncio are no business of ours.
+    wrong = [path for path in wrong if not path.endswith((".py", ".pyc", ".so")) and "python" not in path]
+    assert wrong == []
+    assert set(os.listdir(os.path.dirname(root))) == {".metaflow", "secret"}
+    assert [name for name in os.listdir(root) if not name.isidentifier()] == [".mflocal"]
+
+
+READ_BACK = """
+import glob
+found = {}
+for run in LocalMetadataProvider.get_object("flow", "run", {}, None, "Flow"):
+    run_id = run["run_number"]
+    found.setdefault(run_id, {})
+    for step in LocalMetadataProvider.get_object("run", "step", {}, None, "Flow", run_id):
+        for task in LocalMetadataProvider.get_object("step", "task", {}, None, "Flow", run_id, step["step_name"]):
+            where = ("Flow", run_id, step["step_name"], task["task_id"])
+            metadata = LocalMetadataProvider.get_object("task", "metadata", {}, None, *where)
+            artifacts = LocalMetadataProvider.get_object("task", "artifact", {}, None, *where)
+            artifacts = [artifacts] if isinstance(artifacts, dict) else artifacts  # a single one comes bare
+            found[run_id]["/".join(where[2:])] = {
+                "user": task["user_name"], "tags": run["tags"],
+                "metadata": sorted([[m["field_name"], m["value"], m["type"]] for m in metadata]),
+                "artifacts": sorted([[a["name"], a["sha"], a["attempt_id"]] for a in artifacts]),
+            }
+print(json.dumps(found))
+"""
+
+
+def test_local_mode_reads_back_what_was_written(parts: Any, tmp_path: Path) -> None:
+    """Each 200 of ours, whatever the names and values, is what the real LocalMetadataProvider finds."""
+    store, router = parts
+    ask(router, "POST", "/flows/Flow", BODY)
+    written: dict[str, Any] = {}
+    texts = names | st.text(max_size=30)
+    words = names | st.sampled_from(["start", "größe", "_x", "a" * 200, "end"])
+
+    @settings(max_examples=80, deadline=None, derandomize=True)
+    @given(run=names, step=words, task=names, user=texts, tag=texts, rows=st.lists(st.tuples(names, texts, texts), max_size=4, unique_by=lambda r: r[0]))
+    def write(run: str, step: str, task: str, user: str, tag: str, rows: list[tuple[str, str, str]]) -> None:
+        status, answer = ask(router, "POST", "/flows/Flow/run", {"user_name": user, "tags": [tag], "run_number": run})
+        if status != 200:
+            status, answer = ask(router, "POST", "/flows/Flow/run", {"tags": ["t"]})
+            assert status == 200
+        run_id, mine = str(answer["run_number"]), {}
+        tags = answer["tags"]
+        written[run_id] = mine
+        base = f"/flows/Flow/runs/{segment(run_id)}/steps/{segment(step)}"
+        if ask(router, "POST", f"{base}/step", BODY)[0] != 200:
+            return
+        status, answer = ask(router, "POST", f"{base}/task", {"user_name": user, "task_id": task})
+        if status != 200:
+            status, answer = ask(router, "POST", f"{base}/task", {"user_name": "plain"})
+            assert status == 200
+        task_id, user_name = str(answer["task_id"]), answer["user_name"]
+        facts, artifacts = [["attempt-done", "0", "attempt-done"]], []
+        done = {"field_name": "attempt-done", "value": "0", "type": "attempt-done"}  # without it local mode shows no artifact
+        assert ask(router, "POST", f"{base}/tasks/{segment(task_id)}/metadata", [done])[0] == 200
+        for name, value, kind in rows:
+            row = {"field_name": name, "value": value, "type": kind[:20]}
+            if ask(router, "POST", f"{base}/tasks/{segment(task_id)}/metadata", [row])[0] == 200:
+                facts.append([name, value, kind[:20]])
+            if ask(router, "POST", f"{base}/tasks/{segment(task_id)}/artifact", [{"name": name, "sha": value, "attempt_id": 0}])[0] == 200:
+                artifacts.append([name, value, 0])
+        mine[f"{step}/{task_id}"] = {"user": user_name, "tags": tags, "metadata": sorted(facts), "artifacts": sorted(artifacts)}
+
+    write()
+    assert sum(bool(tasks) for tasks in written.values()) > 10
+    found = script(READ_BACK, Path(store.root).parent)
+    assert set(found) == set(written), sorted(set(found) ^ set(written))
+    for run_id, tasks in written.items():
+        for where, facts in tasks.items():
+            assert found[run_id].get(where) == facts, (run_id, where)
+
+
+# -- files: a hostile checkout
+
+
+SHIPPED = [("fifo", name) for name in ("lock", "daemon.log", "daemon.json", "tmp", ".")]
+SHIPPED += [("directory", name) for name in ("lock", "daemon.log", "tmp", "x.tmp")] + [("socket", "lock"), ("device", "daemon.log")]
+SHIPPED += [("link", "tmp"), ("link", "x.tmp"), ("dangling", "lock"), ("dangling", "daemon.log"), ("dangling", "daemon.json"), ("dangling", ".")]
+
+
+@pytest.mark.parametrize("what, name", SHIPPED)
+def test_a_checkout_that_ships_our_state_gains_nothing(tmp_path: Path, name: str, what: str) -> None:
+    """Either it starts, with private files of its own, or it says in one line why not; nothing is followed."""
+    project, victim = tmp_path / "p", tmp_path / "victim"
+    state = project / ".metaflow" / ".mflocal"
+    place = state / name if name != "." else state
+    place.parent.mkdir(parents=True)
+    if name != ".":
+        state.chmod(0o777)
+    victim.mkdir()
+    (victim / "precious").write_text("precious")
+    if what == "fifo":
+        os.mkfifo(place)
+    elif what == "socket":
+        short = Path(tempfile.mkdtemp(prefix="s"))
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(short / "s"))
+        os.rename(short / "s", place)
+        short.rmdir()
+    elif what == "directory":
+        place.mkdir()
+        (place / "full").write_text("x")
+    elif what == "link":
+        place.symlink_to(victim if name in ("tmp", ".") else victim / "precious")
+    elif what == "dangling":
+        place.symlink_to(victim / "new")
+    elif os.geteuid() == 0:
+        os.mknod(place, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    else:
+        pytest.skip("only root makes devices")
+    done = mflocal("start", cwd=project, timeout=60)
+    try:
+        assert done.returncode in (0, 3), (done.returncode, done.stderr)
+        assert "Traceback" not in done.stderr + done.stdout
+        if done.returncode:
+            assert done.stderr.count("\n") == 1 and ".mflocal" in done.stderr
+        else:
+            assert stat.S_IMODE(state.lstat().st_mode) == 0o700 and not state.is_symlink()
+            told = json.loads((state / "daemon.json").read_text())
+            assert mflocal("url", cwd=project).stdout.strip().endswith(":%d" % told["port"])
+            for own in ("daemon.json", "lock", "daemon.log"):
+                assert stat.S_ISREG((state / own).lstat().st_mode) and stat.S_IMODE((state / own).lstat().st_mode) == 0o600
+            assert mflocal("stop", cwd=project).returncode == 0
+    finally:
+        mflocal("stop", "--force", cwd=project)
+    assert (victim / "precious").read_text() == "precious" and os.listdir(victim) == ["precious"]
+
+
+def test_flows_that_are_links_are_not_written_through(tmp_path: Path, root: Path) -> None:
+    """Row 39, the writing side, each level a link to a task of another project."""
+    with Served(root) as other:
+        task = other.task()
+    _, _, flow, _, run, _, step, _, number = task.split("/")
+    before = tree(root)
+    levels = [(flow,), (flow, run), (flow, run, step), (flow, run, step, number), (flow, "_meta"), (flow, run, "_meta"),
+              (flow, run, step, "_meta"), (flow, run, step, number, "_meta")]  # fmt: skip
+    for place, level in enumerate(levels):
+        project = tmp_path / f"p{place}"
+        shutil.copytree(root, project, ignore=shutil.ignore_patterns(".mflocal"))
+        link = project.joinpath(".metaflow", *level)
+        shutil.rmtree(link)
+        link.symlink_to((root / ".metaflow").joinpath(*level))
+        with Served(project) as served:
+            for path, body in ((f"/flows/{flow}", {}), (f"/flows/{flow}/run", {"run_number": "new"}),
+                               (f"/flows/{flow}/runs/{run}/steps/new/step", {}), (f"/flows/{flow}/runs/{run}/steps/{step}/task", {"task_id": "new"}),
+                               (f"{task}/metadata", [{"field_name": "new", "value": "x"}]), (f"{task}/artifact", [{"name": "new"}]),
+                               (f"{task}/heartbeat", {}), (f"/flows/{flow}/runs/{run}/heartbeat", {})):  # fmt: skip
+                status = served.client("POST", path, body).status
+                assert status in (200, 400, 404, 409, 500), (level, path, status)
+            served.client("PATCH", f"/flows/{flow}/runs/{run}/tag/mutate", {"tags_to_add": ["new"]})
+    assert tree(root) == before
+
+
+def tree(root: Path) -> dict[str, Any]:
+    """Every file below .metaflow but the state, with its content."""
+    files = [path for path in (root / ".metaflow").rglob("*") if path.is_file() and ".mflocal" not in path.parts]
+    return {str(path): path.read_bytes() for path in files if path.name != "_mflocal.json"}
+
+
+# -- pages in a browser, over the wire
+
+
+def test_what_a_page_can_send(served: Served) -> None:
+    """Host, Origin, Sec-Fetch-Site, simple POSTs and WebSockets of a foreign page; then the same from friends."""
+    before = tree(served.root)
+
+    def send(method: bytes, path: bytes, *fields: bytes, host: bytes = b"localhost", body: bytes = b"") -> bytes:
+        lines = [method + b" " + path + b" HTTP/1.1", b"Host: " + host, b"Connection: close", *fields]
+        if body:
+            lines.append(b"Content-Length: %d" % len(body))
+        return served.raw(b"\r\n".join(lines) + b"\r\n\r\n" + body, half_close=False)
+
+    evil = b"Origin: http://evil.example"
+    ways: list[tuple[bytes, ...]] = [
+        (evil,), (b"Origin: null",), (b"Origin: http://localhost.evil.example",), (b"Origin: http://localhost@evil.example",),
+        (b"Origin: chrome-extension://abc",), (b"Origin: http://127.0.0.1.nip.io",), (b"Origin: http://2130706433",),
+        (b"Origin: http://[::ffff:127.0.0.2]:1",), (b"Sec-Fetch-Site: cross-site", b"Sec-Fetch-Mode: no-cors"),
+    ]  # fmt: skip
+    for way in ways:
+        for method, path, body in ((b"GET", b"/flows", b""), (b"GET", b"/api/flows", b""), (b"POST", b"/flows/Evil", b"{}"),
+                                   (b"POST", b"/flows/F/run", b'{"a=": "b"}'), (b"PATCH", b"/flows/F/runs/1/tag/mutate", b"{}"),
+                                   (b"POST", b"/_mflocal/stop", b'{"force": true}'), (b"GET", b"/_mflocal/id", b"")):  # fmt: skip
+            simple = (b"Content-Type: text/plain",) if body else ()
+            got = send(method, path, *way, *simple, body=body)
+            assert answers(got) == [403], (way, path, got[:300])
+            assert b"Access-Control-Allow" not in got and b'"flow_id"' not in got
+        upgrade = send(b"GET", b"/api/ws", *way, UPGRADE[:-2].replace(b"Connection: Upgrade", b"Connection: close, Upgrade"))
+        assert b" 403 " in upgrade.split(b"\r\n")[0] or b" 400 " in upgrade.split(b"\r\n")[0], upgrade[:200]
+        asked = served.raw(b"GET /api/ws HTTP/1.1\r\n" + HOST + b"\r\n".join(way) + b"\r\n" + UPGRADE + b"\r\n")
+        assert asked.startswith(b"HTTP/1.1 403 "), asked[:200]
+    for host in (b"evil.example", b"127.0.0.1.nip.io", b"localhost.evil.example:80", b"[::2]", b"0.0.0.0", b"2130706433", b"[::ffff:7f00:1]"):
+        for path in (b"/flows", b"/ping", b"/_mflocal/id", b"/api/ws", b"/nothing"):
+            got = send(b"GET", path, host=host)
+            assert answers(got) == [403] and b'"flow_id"' not in got, (host, path, got[:200])
+        rebound = served.raw(b"GET /api/ws HTTP/1.1\r\nHost: " + host + b"\r\nOrigin: http://" + host + b"\r\n" + UPGRADE + b"\r\n")
+        assert rebound.startswith(b"HTTP/1.1 403 ")
+    preflight = send(b"OPTIONS", b"/flows/F", evil, b"Access-Control-Request-Method: POST")
+    assert answers(preflight) == [403] and b"Access-Control-Allow" not in preflight
+    form = send(b"POST", b"/flows/Evil", b"Sec-Fetch-Site: same-site", b"Content-Type: application/x-www-form-urlencoded", body=b"{}")
+    assert answers(form) == [403]
+    assert tree(served.root) == before
+    friend = send(b"GET", b"/flows", b"Origin: http://localhost:3000")
+    assert answers(friend) == [200] and b"Access-Control-Allow-Origin: http://localhost:3000\r\n" in friend
+    for host in (b"127.0.0.1:1", b"[::1]:99", b"LOCALHOST", b"x.localhost"):
+        assert answers(send(b"GET", b"/flows", host=host)) == [200]
+    with served.websocket(headers=b"Origin: http://localhost:3000\r\n"):
+        pass
+
+
+# -- another user of this machine
+
+NOBODY = 65534
+
+
+def as_nobody(act: Callable[[], Any]) -> Any:
+    """What `act` returns in a child that has become another user."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    "localhost".encode("idna")  # whatever urllib imports later may lie where only we can read
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            try:
+                answer = ["ok", act()]
+            except Exception as error:
+                answer = ["error", type(error).__name__]
+            os.write(write, json.dumps(answer).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        data = pipe.read()
+    os.waitpid(child, 0)
+    assert data, "the child has failed"
+    return json.loads(data)
+
+
+@pytest.fixture
+def open_root() -> Iterator[Path]:
+    """A project that everybody can enter; pytest's own folders are private."""
+    with tempfile.TemporaryDirectory(prefix="mflocal-") as name:
+        os.chmod(name, 0o755)
+        root = Path(name).resolve() / "root"
+        root.mkdir(mode=0o755)
+        yield root
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_neighbour_reaches_no_state(open_root: Path) -> None:
+    old = os.umask(0o000)  # the worst that the owner can have
+    try:
+        with Served(open_root, env=clean_env(METAFLOW_LOCAL_SERVICE_AUTH_KEY="secret-key")) as served:
+            state = open_root / ".metaflow" / ".mflocal"
+            for act in (lambda: os.listdir(state), lambda: (state / "daemon.json").read_text(), lambda: (state / "lock").write_text("1"),
+                        lambda: (state / "daemon.json").unlink(), lambda: (state / "x.tmp").write_text(""), lambda: os.listdir(state / "tmp"),
+                        lambda: os.symlink("/etc/passwd", state / "tmp" / "0"), lambda: os.kill(served.pid, 15),
+                        lambda: Path(f"/proc/{served.pid}/environ").read_bytes().hex(), lambda: os.listdir(f"/proc/{served.pid}/fd"),
+                        lambda: os.chmod(state, 0o777)):  # fmt: skip
+                assert as_nobody(act) == ["error", "PermissionError"]
+            assert b"secret-key" not in Path(f"/proc/{served.pid}/cmdline").read_bytes()
+
+            def talk() -> list[Any]:
+                paths = ("/flows", "/api/flows", "/_mflocal/status", "/flows/F", "/api/ws")
+                found = [served.client("GET", path).status for path in paths]
+                found += [served.client("GET", "/flows", headers={"x-api-key": key}).status for key in ("", "x", "secret-kez", "secret-key ")]
+                found.append(served.client("POST", "/flows/Theirs", {}).status)
+                found.append(served.client("POST", "/_mflocal/stop", {"force": True}, {"x-mflocal-token": "0" * 48}).status)
+                found.append(served.client("GET", "/ping").status)
+                return found
+
+            assert as_nobody(talk) == ["ok", [401, 401, 403, 401, 401, 401, 401, 401, 200, 401, 403, 200]]
+            assert served.client("GET", "/flows", headers={"x-api-key": "secret-key"}).status == 200
+            assert served.process.poll() is None and not (open_root / ".metaflow/Theirs").exists()
+    finally:
+        os.umask(old)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_a_neighbour_plants_is_not_followed(open_root: Path) -> None:
+    """In a .metaflow that others may write to, before our start: a state directory of theirs, links in place of flows."""
+    victim = open_root.parent / "victim"
+    victim.mkdir(mode=0o700)
+    (victim / "_self.json").write_text('{"flow_id": "F", "run_number": "1", "ts_epoch": 1, "tags": ["victim"]}')
+    metaflow = open_root / ".metaflow"
+    metaflow.mkdir()
+    metaflow.chmod(0o777)
+
+    def plant() -> None:
+        (metaflow / ".mflocal").mkdir(mode=0o777)
+        (metaflow / ".mflocal/daemon.json").write_text("{}")
+        os.symlink(victim, metaflow / ".mflocal/tmp")
+        (metaflow / "F/_meta").mkdir(parents=True)
+        (metaflow / "F/_meta/_self.json").write_text('{"flow_id": "F", "ts_epoch": 1}')
+        (metaflow / "F/1").mkdir()
+        os.symlink(victim, metaflow / "F/1/_meta")
+        os.chmod(metaflow / "F", 0o777)
+
+    assert as_nobody(plant) == ["ok", None]
+    done = mflocal("start", cwd=open_root)
+    assert done.returncode == 3 and "another user" in done.stderr and done.stderr.count("\n") == 1
+    shutil.rmtree(metaflow / ".mflocal")
+    before = (victim / "_self.json").read_text()
+    with Served(open_root) as served:
+        assert served.client("GET", "/flows/F/runs/1").status == 404
+        assert served.client("POST", "/flows/F/runs/1/heartbeat", {}).status == 404
+        assert served.client("PATCH", "/flows/F/runs/1/tag/mutate", {"tags_to_add": ["x"]}).status == 404
+        assert served.client("POST", "/flows/F/run", {"run_number": "1"}).status == 400
+    assert os.listdir(victim) == ["_self.json"] and (victim / "_self.json").read_text() == before
+
+
+@pytest.mark.parametrize("level", ["run", "step", "task", "_meta"])
+def test_a_directory_replaced_by_a_link_is_not_followed(root: Path, tmp_path: Path, level: str) -> None:
+    """It was a directory when it was read; then somebody put a link in its place."""
+    outside = tmp_path / "outside"
+    with Served(root) as served:
+        task = served.task()
+        _, _, flow, _, run, _, step, _, number = task.split("/")
+        paths = {"run": (flow, run), "step": (flow, run, step), "task": (flow, run, step, number), "_meta": (flow, run, step, number, "_meta")}
+        place = served.metaflow.joinpath(*paths[level])
+        os.rename(place, outside)
+        os.symlink(outside, place)
+        before = sorted(str(path) for path in outside.rglob("*") if path.name != "_mflocal.json")
+        base = f"/flows/{flow}/runs/{run}/steps"
+        for path, body in ((f"{base}/new/step", {}), (f"{base}/{step}/task", {}), (f"{task}/metadata", [{"field_name": "a"}]), (f"{task}/artifact", [{"name": "a"}])):
+            served.client("POST", path, body)
+        assert sorted(str(path) for path in outside.rglob("*") if path.name != "_mflocal.json") == before
