@@ -1258,6 +1258,7 @@ class Store:
     def __init__(self, metaflow_dir: str, temp_dir: str) -> None:
         self.root = metaflow_dir
         self.temp_dir = temp_dir
+        self._lease_dir = f"{os.path.dirname(temp_dir)}/leases"
         self.listeners: List[Callable[[Event], None]] = []
         self._flows: Dict[str, FlowNode] = {}
         self._root_sig = 0
@@ -1281,7 +1282,7 @@ class Store:
                 os.unlink(self.temp_dir)
             os.makedirs(self.temp_dir, mode=0o700)
         os.chmod(self.temp_dir, 0o700)
-        leases = f"{self.temp_dir}/leases"
+        leases = self._lease_dir
         if not _is_directory(leases):
             _remove([leases])
             os.mkdir(leases, 0o700)
@@ -1547,7 +1548,7 @@ class Store:
 
     def _lease_file(self, lease: str) -> str:
         safe = "".join(c for c in lease if c.isalnum())[:64]
-        return f"{self.temp_dir}/leases/{safe}"
+        return f"{self._lease_dir}/{safe}"
 
     def lease_runs(self, lease: str) -> List[RunNode]:
         """The runs of one `mflocal run`, also those that a daemon before this one has seen begin."""
@@ -7136,6 +7137,8 @@ async def encode_list(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 # -- blocking reads
 
+_Got = TypeVar("_Got")
+
 
 @functools.lru_cache(maxsize=1)
 def _reader_pool() -> ThreadPoolExecutor:
@@ -7731,7 +7734,6 @@ def register_metadata_routes(router: Router, api: MetadataApi) -> None:
 # ---- 12. Subscriptions: the rows of the UI, and who is told of which ----
 
 
-_Got = TypeVar("_Got")
 _UiArgs = Sequence[Tuple[str, str]]
 
 

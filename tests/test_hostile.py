@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterator
 from urllib.parse import quote
@@ -473,30 +474,35 @@ def drip(sock: socket.socket, data: bytes, pause: float) -> tuple[bytes, float]:
 
 def test_slow_senders_are_sent_away(root: Path) -> None:
     """Row 31. A head has one deadline for all of it, a body one for each piece, a pause between requests its own."""
+    head = b"POST /flows/F HTTP/1.1\r\n" + HOST
+    whole = head + b"Content-Length: 26\r\nConnection: close\r\n\r\n"
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
     with Served(root, quick=QUICK) as served:
         before = census(served)
-        head = b"POST /flows/F HTTP/1.1\r\n" + HOST
-        got, took = drip(served.connect(), head + b"X-Slow: " + b"x" * 500, 0.1)
-        assert answers(got) == [408] and took < LATEST
-        got, took = drip(served.connect(), b"\r\n" + head + b"X-Slow: " + b"x" * 500, 0.1)
-        assert answers(got) == [408] and took < LATEST
-        whole = head + b"Content-Length: 26\r\nConnection: close\r\n\r\n"
-        with served.connect() as sock:  # a body that goes on coming is waited for
-            sock.sendall(whole)
-            got, took = drip(sock, b'{"user_name": "patient" }   ', 0.15)
-            assert answers(got) == [200] and took > 3
-        with served.connect() as sock:  # one that stops is not
-            sock.sendall(whole + b"{")
-            assert answers(rest_of(sock)) == [408]
-        for started in (b"Transfer-Encoding: chunked\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n5\r\nab", b"Transfer-Encoding: chunked\r\n\r\n0\r\n"):
+
+        def dripped(sent: bytes, slowly: bytes, pause: float) -> tuple[list[int], float]:
             with served.connect() as sock:
-                sock.sendall(head + started)
-                assert answers(rest_of(sock)) == [408]
-        for sent in (b"", b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n", b"\r\n"):
-            with served.connect() as sock:  # silence between requests is no error
                 sock.sendall(sent)
-                began = time.monotonic()
-                assert answers(rest_of(sock)) in ([200], [], [408]) and time.monotonic() - began < LATEST
+                got, took = drip(sock, slowly, pause)
+                return answers(got), took
+
+        def stopped(sent: bytes) -> tuple[list[int], float]:
+            began = time.monotonic()
+            with served.connect() as sock:
+                sock.sendall(sent)
+                return answers(rest_of(sock)), time.monotonic() - began
+
+        with ThreadPoolExecutor(12) as pool:
+            slow = [pool.submit(dripped, b"", start + b"X-Slow: " + b"x" * 500, 0.1) for start in (head, b"\r\n" + head)]
+            patient = pool.submit(dripped, whole, b'{"user_name": "patient" }   ', 0.15)
+            halves = (head, whole + b"{", chunked, chunked + b"5\r\nab", chunked + b"0\r\n", chunked + b"0\r\nX-Trailer: ")
+            half = [pool.submit(stopped, sent) for sent in halves]
+            silent = [pool.submit(stopped, sent) for sent in (b"", b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n", b"\r\n")]
+            for found in (*slow, *half):
+                assert found.result()[0] == [408] and found.result()[1] < LATEST
+            assert patient.result()[0] == [200] and patient.result()[1] > 3  # a body that goes on coming is waited for
+            for found in silent:  # silence between requests is no error
+                assert found.result()[0] in ([], [200], [408]) and found.result()[1] < LATEST
         served.settled(*before)
 
 
@@ -650,6 +656,95 @@ def test_a_deaf_websocket_is_dropped(root: Path, how: str) -> None:
         served.settled(*before)
 
 
+def test_websockets_are_pinged_and_told_of_the_end(root: Path) -> None:
+    """Row 60: who answers pings stays, who does not is dropped, and a stop says 1001."""
+    with Served(root, quick={"WS_PING_INTERVAL": 0.5, "WS_PING_TIMEOUT": 1.0}) as served:
+        answers_pings, deaf = served.websocket(), served.websocket()
+        pings = 0
+        answers_pings.settimeout(10)
+        while pings < 4:
+            data = answers_pings.recv(100)
+            assert data and set(data) == {0x89, 0}, data
+            pings += len(data) // 2
+            answers_pings.sendall(frame(10, b""))
+        assert set(rest_of(deaf)) <= {0x89, 0}  # nothing but pings, then the end
+        served.process.terminate()
+        assert closing_code(rest_of(answers_pings)) == 1001
+        assert served.process.wait(15) == 0
+
+
+def test_a_stop_finishes_what_has_begun(root: Path) -> None:
+    """Row 72: the request in flight is answered, one that is half here gets 503, nobody new gets in; exit 0."""
+    with Served(root) as served:
+        task = served.task()
+        served.client.post(f"{task}/metadata", [{"field_name": "f", "value": "a" * 40 + "!"}])
+        slow, half, idle = served.connect(), served.connect(), served.connect()
+        step = task.rpartition("/tasks")[0].encode()
+        slow.sendall(b"GET " + step + b"/filtered_tasks?pattern=" + quote("(a+)+$").encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n")
+        half.sendall(b"POST /flows/Late HTTP/1.1\r\n" + HOST)
+        until(lambda: served.children)
+        served.process.terminate()
+        assert rest_of(idle) == b""
+        with pytest.raises(OSError):
+            until(lambda: not served.connect(), 5)
+        half.sendall(b"Content-Length: 2\r\n\r\n{}")
+        assert answers(rest_of(half)) == [503] and answers(rest_of(slow)) in ([200], [400])
+        assert served.process.wait(15) == 0 and "Traceback" not in served.log
+    assert not (served.metaflow / "Late").exists() and not (served.metaflow / ".mflocal/daemon.json").exists()
+
+
+def test_only_loopback_listens(served: Served) -> None:
+    """Row 48: one address, 127.0.0.1."""
+    rows = [line.split() for file in ("tcp", "tcp6") for line in Path(f"/proc/{served.pid}/net/{file}").read_text().splitlines()[1:]]
+    assert [row[1] for row in rows if row[3] == "0A" and row[1].endswith(":%04X" % served.port)] == ["0100007F:%04X" % served.port]
+
+
+def test_what_browsers_are_told(root: Path, tmp_path: Path) -> None:
+    """Rows 41, 46, 47: types are not guessed, only friends may frame, logs are no pages, other sites embed nothing."""
+    bundle = tmp_path / "bundle"
+    (bundle / "static").mkdir(parents=True)
+    (bundle / "index.html").write_text("<html>the UI</html>")
+    (bundle / "static/x.js").write_text("1")
+    env = clean_env(METAFLOW_LOCAL_SERVICE_UI_BUNDLE=str(bundle))
+    with Served(root, "--allow-origin", "http://ui.example:3000", env=env) as served:
+        task = served.task()
+        _, _, flow, _, run, _, step, _, number = task.split("/")
+        folder = served.metaflow.joinpath("mf.cards", flow, "runs", run, "steps", step, "tasks", number, "cards")
+        folder.mkdir(parents=True)
+        (folder / "default-abc123.html").write_text("<script>card</script>")
+        log = served.metaflow.joinpath(flow, run, step, number, "0.task_stdout.log")
+        log.write_text("<script>log</script>")
+        served.client.post(f"{task}/metadata", [{"field_name": "ds-type", "value": "local"}, {"field_name": "ds-root", "value": str(served.metaflow)},
+                                                {"field_name": "attempt", "value": "0"}])  # fmt: skip
+        for path in ("/flows", "/nothing", f"/api{task}/cards/abc123", f"/api{task}/logs/out/download?attempt_id=0", "/", "/static/x.js", "/ping"):
+            answer = served.client("GET", path)
+            assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["cross-origin-resource-policy"] == "same-origin", path
+            assert "access-control-allow-origin" not in answer.headers
+        download = served.client("GET", f"/api{task}/logs/out/download?attempt_id=0")
+        assert download.status == 200 and "html" not in download.headers["content-type"] and download.headers["content-disposition"].startswith("Attachment")
+        assert served.client("GET", "/").headers["x-frame-options"] == "SAMEORIGIN"
+        card = served.client("GET", f"/api{task}/cards/abc123")
+        assert card.status == 200 and "x-frame-options" not in card.headers
+        policy = card.headers.get("content-security-policy", "")
+        assert "frame-ancestors 'self'" in policy and "http://ui.example:3000" in policy
+
+
+def test_ranges_of_files(root: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "index.html").write_text("0123456789")
+    (bundle / "out.js").symlink_to("/etc/hostname")
+    with Served(root, env=clean_env(METAFLOW_LOCAL_SERVICE_UI_BUNDLE=str(bundle))) as served:
+        for ranges, status in (("bytes=2-4", 206), ("bytes=-3", 206), ("bytes=9-", 206), ("bytes=10-", 416), ("bytes=5-2", 416), ("bytes=", 200),
+                               ("bytes=" + "9" * 5000 + "-", 416), ("bytes=-" + "9" * 5000, 206), ("bytes=0-" + "9" * 5000, 206),
+                               ("bytes=0-1,3-4", 200), ("bytes=²-", 200), ("lines=1-2", 200), ("bytes=-0", 416)):  # fmt: skip
+            got = served.raw(b"GET / HTTP/1.1\r\n" + HOST + b"Range: " + ranges.encode("latin-1") + b"\r\n\r\n")
+            assert answers(got)[0] == status, (ranges[:20], got[:200])
+        for path in ("/out.js", "/..%2findex.html", "/static/../../x", "/%2e%2e/%2e%2e/etc/hostname"):
+            assert Path("/etc/hostname").read_text().strip() not in str(served.client("GET", path).body)
+        assert "Traceback" not in served.log
+
+
 # -- names: what reaches the disk
 
 
@@ -800,6 +895,8 @@ def test_local_mode_reads_back_what_was_written(parts: Any, tmp_path: Path) -> N
     words = names | st.sampled_from(["start", "größe", "_x", "a" * 200, "end"])
 
     @settings(max_examples=80, deadline=None, derandomize=True)
+    @example(run=".hidden", step="start", task=".hidden", user="u", tag="t", rows=[("a", "b", "c")])
+    @example(run="~", step="K", task="a:b", user="\ud800", tag="\udfff", rows=[("[a]", "\ud800", "x"), ("*", "1", "y"), (" ", "", "")])
     @given(run=names, step=words, task=names, user=texts, tag=texts, rows=st.lists(st.tuples(names, texts, texts), max_size=4, unique_by=lambda r: r[0]))
     def write(run: str, step: str, task: str, user: str, tag: str, rows: list[tuple[str, str, str]]) -> None:
         status, answer = ask(router, "POST", "/flows/Flow/run", {"user_name": user, "tags": [tag], "run_number": run})

@@ -176,9 +176,10 @@ def test_a_task_with_many_artifacts_takes_one_more_as_cheaply(make_site: Callabl
     assert costs[0] == costs[1]
 
 
-def test_a_task_does_not_cost_more_in_a_run_of_many_steps(make_site: Callable[..., Site]) -> None:
+def test_a_task_costs_at_most_one_look_into_each_step_more(make_site: Callable[..., Site]) -> None:
+    """Task numbers are the run's: another process may have given the next one to a task of another step."""
     costs = []
-    for steps in (3, 60):
+    for steps in (3, 43):
         site = make_site(lambda path: make_tree.make_foreach(path, 3))
         run = only_run(site, "WideRun")
         for number in range(steps):
@@ -186,8 +187,8 @@ def test_a_task_does_not_cost_more_in_a_run_of_many_steps(make_site: Callable[..
         settle()
         for _ in range(2):  # the first looks for the numbers that are taken
             site.ask("POST", f"{run}/steps/work/task", BODY)
-        costs.append(site.calls("POST", f"{run}/steps/work/task", BODY))
-    assert costs[0] == costs[1]
+        costs.append(sum(site.calls("POST", f"{run}/steps/work/task", BODY).values()))
+    assert costs[1] - costs[0] <= 40
 
 
 # -- a page costs what is on it

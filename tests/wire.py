@@ -133,7 +133,15 @@ class Served:
     @property
     def children(self) -> list[int]:
         """Its child processes."""
-        return [int(n) for n in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        found = []
+        for name in os.listdir("/proc"):
+            try:
+                parent = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1] if name.isdigit() else ""
+            except OSError:
+                continue
+            if parent == str(self.pid):
+                found.append(int(name))
+        return found
 
     def memory(self) -> float:
         """Resident MiB."""
