@@ -2343,6 +2343,10 @@ class Liveness:
         for key, node in self._nodes.items():
             if not self._finished(node, key[1]):
                 self._store.beat(node, now)
+        for lease in self._leases:
+            for run in self._store.lease_runs(lease):
+                if self.alive(run) and not self.run_completed(run):
+                    self._store.beat(run, now)
         self._store.flush_signs()
 
 

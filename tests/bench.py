@@ -232,21 +232,27 @@ def echo_main() -> None:
 
 
 def write_files(directory: Path, files: int, folders: int, rounds: int) -> float:
-    """Times per second that `folders` mkdirs and `files` times create, write, close, rename can be done."""
-    base = Path(tempfile.mkdtemp(dir=directory))
+    """Times per second that an object's directories and files can be made, whole files by a temp file and rename.
+
+    `folders`: 2 for an object and its `_meta`, into which the files then go; 0 for files of an object that exists.
+    """
+    base = tempfile.mkdtemp(dir=directory)
+    for name in ("tmp", "made", "made/_meta"):
+        os.mkdir(f"{base}/{name}")
     data = b"x" * 260
     began = time.perf_counter()
     for number in range(rounds):
-        for folder in range(folders):
-            os.mkdir(f"{base}/d{number}-{folder}")
+        place = f"{base}/made/{number}" if folders else f"{base}/made"
+        if folders:
+            os.mkdir(place)
+            os.mkdir(f"{place}/_meta")
         for file in range(files):
-            fd = os.open(f"{base}/t", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            temp = f"{base}/tmp/{file}"
+            fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             os.write(fd, data)
             os.close(fd)
-            os.rename(f"{base}/t", f"{base}/{number}-{file}")
-    rate = rounds / (time.perf_counter() - began)
-    shutil.rmtree(base)
-    return rate
+            os.rename(temp, f"{place}/_meta/{number}-{file}.json")
+    return rounds / (time.perf_counter() - began)  # nothing is deleted: ext4 is slow beside fresh deletions
 
 
 # -- the two services

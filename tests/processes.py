@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -179,6 +180,7 @@ class Watch:
         self.flows = flows
         self.statuses: set[tuple[str, str]] = set()
         self.looks = 0
+        self.problems: list[str] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -189,20 +191,29 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        assert not self.problems, self.problems
 
     def _look(self) -> None:
         while not self._over.wait(0.05):
             for flow in self.flows:
                 try:
-                    for run in self.client.get(f"/api/flows/{flow}/runs")["data"]:
+                    runs = self._rows(f"/api/flows/{flow}/runs")
+                    for run in runs:
                         self.statuses.add((f"{flow}/{run['run_number']}", run["status"]))
-                        path = f"/api/flows/{flow}/runs/{run['run_number']}/tasks?_limit=1000"
-                        for row in self.client.get(path)["data"]:
+                        for row in self._rows(f"/api/flows/{flow}/runs/{run['run_number']}/tasks?_limit=1000"):
                             name = "{flow_id}/{run_number}/{step_name}/{task_id}/{attempt_id}".format(**row)
                             self.statuses.add((name, row["status"]))
-                    self.looks += 1
-                except OSError:
+                    self.looks += bool(runs)
+                except (OSError, http.client.HTTPException):
                     continue  # the daemon is down for a moment
+
+    def _rows(self, path: str) -> Any:
+        answer = self.client("GET", path)
+        if answer.status == 200:
+            return answer.body["data"]
+        if answer.status != 503:  # draining
+            self.problems.append(str(answer))
+        return []
 
     def ever(self, status: str) -> list[str]:
         """Everything that was shown with this status."""

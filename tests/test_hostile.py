@@ -413,7 +413,7 @@ def test_an_ordinary_client_learns_that_its_body_is_too_large(served: Served) ->
     assert served.client("POST", "/flows/F/run", b"x" * (module.MAX_BODY + 1024 * 1024)).status == 413
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*$", "(a*)*b", r"(.*)\1(.*)\2(.*)\3$", "(?:a?){40}a{40}$"])
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(?:a?){40}a{40}$", "(?=a)(a+)+$", r"(a)(?:\1+)+$"])
 def test_a_catastrophic_pattern_stops_nobody(served: Served, pattern: str) -> None:
     task = served.task()
     run, step = task.rpartition("/steps")[0], task.rpartition("/tasks")[0]
@@ -680,16 +680,18 @@ def test_a_stop_finishes_what_has_begun(root: Path) -> None:
         served.client.post(f"{task}/metadata", [{"field_name": "f", "value": "a" * 40 + "!"}])
         slow, half, idle = served.connect(), served.connect(), served.connect()
         step = task.rpartition("/tasks")[0].encode()
-        slow.sendall(b"GET " + step + b"/filtered_tasks?pattern=" + quote("(a+)+$").encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n")
+        slow.sendall(b"GET " + step + b"/filtered_tasks?pattern=" + quote("(?=a)(a+)+$").encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n")
         half.sendall(b"POST /flows/Late HTTP/1.1\r\n" + HOST)
         until(lambda: served.children)
         served.process.terminate()
+        began = time.monotonic()
         assert rest_of(idle) == b""
         with pytest.raises(OSError):
             until(lambda: not served.connect(), 5)
         half.sendall(b"Content-Length: 2\r\n\r\n{}")
         assert answers(rest_of(half)) == [503] and answers(rest_of(slow)) in ([200], [400])
         assert served.process.wait(15) == 0 and "Traceback" not in served.log
+        assert time.monotonic() - began < module.DRAIN_TIMEOUT - 2  # as soon as all is said, not when time is up
     assert not (served.metaflow / "Late").exists() and not (served.metaflow / ".mflocal/daemon.json").exists()
 
 
