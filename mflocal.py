@@ -10378,6 +10378,8 @@ class Service:
             except Problem as problem:
                 close = close or problem.close
                 result = problem_response(problem)
+            except (ConnectionError, TimeoutError):
+                raise  # the client left
             except Exception:
                 self.log(f"{request.method} {request.path} failed\n{traceback.format_exc()}")
                 result = problem_response(Problem(500, "the service failed on this request; see `mflocal logs`"))
