@@ -7,8 +7,8 @@ only sections above it. See docs/architecture.md.
 
 from __future__ import annotations
 
+import _thread
 import codecs
-import contextlib
 import datetime
 import errno
 import fcntl
@@ -26,9 +26,7 @@ import socket
 import stat
 import struct
 import sys
-import threading
 import time
-import warnings
 import zlib
 from collections import OrderedDict, deque
 from functools import lru_cache
@@ -90,6 +88,7 @@ MAX_INT_DIGITS = 4300  # CPython's own limit since 3.11; the same on 3.9 and 3.1
 MAX_PATTERN = 512  # characters of a regular expression sent by a client (ReDoS)
 HEADER_TIMEOUT = 10.0  # s for a whole header block, from its first byte (slowloris)
 BODY_TIMEOUT = 30.0  # s without a byte of the body
+LINGER_TIMEOUT = 3.0  # s that what a refused client still sends is dropped, so that it can read why
 WRITE_TIMEOUT = 30.0  # s without progress while a peer does not read its answer
 KEEP_ALIVE_TIMEOUT = 75.0  # s of silence between requests; never on connections that speak for work
 MAX_CONNECTIONS = 4096  # or RLIMIT_NOFILE - SPARE_FILES if that is less; more get 503 and close
@@ -629,7 +628,7 @@ def loads(data: bytes) -> Any:
 
 # -- names. What passes here may become a file name; nothing else may.
 
-_RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}").fullmatch
+_RUN_ID = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}").fullmatch
 _RESERVED = frozenset((".", "..", "_meta", "data", "latest_run"))  # the last three are local mode's own
 _CONTROL = re.compile(r"[\x00-\x1f\x7f/]").search
 
@@ -1210,6 +1209,9 @@ class Pacer:
 # -- the file primitives
 
 
+_scan = json.JSONDecoder().raw_decode
+
+
 def read_record(path: str) -> Optional[Record]:
     """A JSON object file, or None when it is missing, no regular file, unreadable or not (yet) whole.
 
@@ -1229,12 +1231,13 @@ def read_record(path: str) -> Optional[Record]:
             if not more:
                 return None
             data += more
-        value = json.loads(data)
+        text = data.decode("utf-8").strip(" \t\r\n")
+        value, end = _scan(text)  # json.loads without its guess at the encoding
     except (OSError, ValueError, RecursionError):
         return None
     finally:
         os.close(fd)
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and end == len(text) else None
 
 
 def disk_problem(error: OSError, path: str) -> Problem:
@@ -1297,8 +1300,13 @@ class Store:
     def _write(self, path: str, record: Record) -> None:
         """The one file primitive: a whole file by temp and rename, under the user's umask. Raises Problem."""
         temp = f"{self.temp_dir}/{os.getpid()}-{next(self._serial)}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                fd = os.open(temp, flags, 0o666)
+            except FileNotFoundError:  # somebody tidied up; our own folder is made again, never .metaflow
+                os.mkdir(self.temp_dir, 0o700)
+                fd = os.open(temp, flags, 0o666)
             try:
                 data = dumps(record)
                 while data:
@@ -1318,8 +1326,9 @@ class Store:
 
         Each level by one mkdir: a `.metaflow` that the user deleted is never made again.
         """
+        meta = f"{node.path}/_meta"
         made: List[str] = [node.path] if claimed else []
-        for path in (node.path, f"{node.path}/_meta"):
+        for path in (meta,) if claimed else (node.path, meta):
             try:
                 os.mkdir(path)
                 made.append(path)
@@ -1329,8 +1338,8 @@ class Store:
             except OSError as error:
                 _remove_empty(made)
                 raise disk_problem(error, path) from None
-        own = f"{node.path}/_meta/_self.json"
-        if os.path.lexists(own):
+        own = f"{meta}/_self.json"
+        if meta not in made and os.path.lexists(own):  # in a directory that we have just made there is none
             return False
         try:
             self._write(own, record)
@@ -1356,6 +1365,7 @@ class Store:
 
         None when the client's id is taken. A first heartbeat counts from now on (api: heartbeats).
         """
+        self._check_place(flow.path)
         while True:
             ms = now_ms()
             number = run_id or str(max(time.time_ns() // 1000, self._last_run + 1))
@@ -1380,6 +1390,7 @@ class Store:
 
     def create_step(self, run: RunNode, name: str, body: Record) -> Optional[StepNode]:
         """Makes a step; None when it exists."""
+        self._check_place(run.path)
         node = StepNode(run, name)
         record = object_record({"run_number": run.id, "step_name": name}, run.flow, body, now_ms())
         if not self._make(node, record):
@@ -1392,6 +1403,7 @@ class Store:
     def create_task(self, step: StepNode, body: Record, task_id: Optional[str] = None) -> Optional[TaskNode]:
         """Makes a task: the run's next number, exclusive by mkdir, or the client's id; None when that is taken."""
         run = step.run
+        self._check_place(step.path)
         while True:
             ms = now_ms()
             number = task_id or str(self._next_task(run))
@@ -1428,12 +1440,18 @@ class Store:
             run.next_task += 1
         return run.next_task
 
+    def _check_place(self, directory: str) -> None:
+        """Problem(500) where a directory below the root has become a link since it was read."""
+        if os.path.realpath(directory) != directory:
+            raise Problem(500, f"cannot write {directory}: a part of it is a link", id="disk-error")
+
     async def add_metadata(self, task: TaskNode, rows: List[Record]) -> int:
         """Writes checked metadata rows, all or none, one file each; returns how many.
 
         A field that already has a record of this millisecond gets the next free one: local mode loses it.
         """
         run, meta = task.run, f"{task.path}/_meta"
+        self._check_place(meta)
         ids = {"run_number": run.id, "step_name": task.step.name, "task_id": task.id}
         ms, pace, written = now_ms(), Pacer(), []
         records: List[Record] = []
@@ -1457,6 +1475,7 @@ class Store:
     async def add_artifacts(self, task: TaskNode, rows: List[Record]) -> int:
         """Writes checked artifact rows, all or none; returns how many were new (a known name keeps its record)."""
         run, meta = task.run, f"{task.path}/_meta"
+        self._check_place(meta)
         ids = {"run_number": run.id, "step_name": task.step.name, "task_id": task.id}
         ms, pace, written = now_ms(), Pacer(), []
         records: List[Record] = []
@@ -1494,6 +1513,7 @@ class Store:
         """Rewrites a run's user tags; its ts_epoch, user and unknown keys stay (local mode would reset them)."""
         record = dict(run.self_record, tags=tags)
         path = f"{run.path}/_meta/_self.json"
+        self._check_place(os.path.dirname(path))
         self._write(path, record)
         run.record, run.sig = record, _signature(path)
         self._tell(Event("tags", self._flows[run.flow], run))
@@ -1511,7 +1531,7 @@ class Store:
             if isinstance(saved.get("lease"), str):
                 signs.lease = saved["lease"]
             if isinstance(lost, dict):
-                signs.lost = {int(k): v for k, v in lost.items() if k.isdigit() and isinstance(v, int)}
+                signs.lost = {int(k): v for k, v in lost.items() if is_number(k) and isinstance(v, int)}
         return node.signs
 
     def beat(self, node: RunOrTask, at: int) -> None:
@@ -1888,7 +1908,7 @@ class Store:
                     continue
                 task.read.add(name)
                 _take_fact(facts, name, record)
-                parts = split_metadata_file(name)
+                parts = None if first else split_metadata_file(name)
                 if parts:
                     record["id"] = metadata_id(f"{meta}/{name}"[len(self.root) :], parts[1])
                     fresh.append(record)
@@ -3088,6 +3108,8 @@ def _place_test(name: str, flags: int) -> Callable[[str, str, bool], bool]:
 def _parse_pattern(pattern: str) -> Any:
     if len(pattern) > MAX_PATTERN:
         raise _bad_filter("a pattern may have at most %d characters" % MAX_PATTERN)
+    import warnings
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -3749,7 +3771,10 @@ def is_here(metaflow_dir: str, ds_type: Any, ds_root: Any) -> bool:
         return True
     if "://" in ds_root or "\0" in ds_root:
         return False
-    return ds_root == metaflow_dir or os.path.realpath(ds_root) == os.path.realpath(metaflow_dir)
+    try:
+        return ds_root == metaflow_dir or os.path.realpath(ds_root) == os.path.realpath(metaflow_dir)
+    except ValueError:  # a lone surrogate or a NUL: no path at all
+        return False
 
 
 def not_local_text(ds_type: Any, ds_root: Any) -> str:
@@ -4632,7 +4657,7 @@ class ArtifactValue:
 _SHA = re.compile(r"[0-9a-f]{6,128}").fullmatch
 _TYPE = re.compile(r"<(?:class|type) '([^'<>]{1,200})'>").fullmatch
 _PICKLES = frozenset(["pickle-v2", "pickle-v4", "gzip+pickle-v2", "gzip+pickle-v4", "", None])
-_task_index_lock = threading.Lock()
+_task_index_lock = _thread.allocate_lock()  # a threading.Lock without the 1 ms that importing it takes
 _task_indexes: OrderedDict[Tuple[str, ...], Tuple[Tuple[int, int, int], Dict[str, Any]]] = OrderedDict()
 
 
@@ -4674,8 +4699,10 @@ def _read_blob(metaflow_dir: str, flow: str, sha: str, limit: int) -> Optional[b
         return None
     with file:
         meta: Any = {}
-        with contextlib.suppress(_OverLimit, ValueError, RecursionError):
+        try:
             meta = json.loads(_read_below(metaflow_dir, (flow, "data", sha[:2], sha + "_meta"), 4096) or b"{}")
+        except (_OverLimit, ValueError, RecursionError):
+            pass
         meta = meta if isinstance(meta, dict) else {}
         if not meta.get("cas_raw", False):
             if meta.get("cas_version", 1) != 1:
@@ -5292,7 +5319,7 @@ class _TaskLog:
     """The lines of one stream of one attempt, of all its files, in order."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.lock = threading.Lock()
+        self.lock = _thread.allocate_lock()
         self.files = [_LogFile(name) for name in names]
         self.order: Optional[array.array[int]] = None  # file * 2**48 + line, when it is not that of one file
         self.only = 0
@@ -5331,7 +5358,7 @@ class _TaskLog:
         return packed >> 48, packed & ((1 << 48) - 1)
 
 
-_logs_lock = threading.Lock()
+_logs_lock = _thread.allocate_lock()
 _logs: OrderedDict[Tuple[str, ...], _TaskLog] = OrderedDict()
 
 
@@ -5636,8 +5663,10 @@ def card_data(
         return None
     card, raw = found
     data: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         data = json.loads(raw, parse_constant=lambda name: None)  # NaN and Infinity are no JSON for a browser
+    except (ValueError, RecursionError):
+        pass
     return {"data": data if isinstance(data, dict) else None, "id": card.id, "type": card.type}
 
 
@@ -5695,8 +5724,10 @@ def foreach_frames(value: Any) -> List[str]:
     if isinstance(value, str):
         inside = value.strip()
         if inside[:1] == "[" and inside[-1:] == "]":
-            with contextlib.suppress(ValueError, RecursionError):
+            try:
                 value = json.loads(inside)
+            except (ValueError, RecursionError):
+                pass
         if isinstance(value, str):
             if inside[:1] + inside[-1:] in ("{}", "[]"):
                 inside = inside[1:-1]
@@ -6001,6 +6032,7 @@ class RequestParser:
         "_body",
         "_chunks",
         "_extensions",
+        "cut_off",
     )
 
     def __init__(self) -> None:
@@ -6013,6 +6045,7 @@ class RequestParser:
         self._eof = False
         self._skipped = False
         self._absolute = False
+        self.cut_off = False  # an error has ended the parsing: more may still be coming
         self._need = 0
         self._reset()
 
@@ -6072,6 +6105,7 @@ class RequestParser:
             return request
         except Problem as problem:
             problem.close = True
+            self.cut_off = True
             self.rest()
             self.pending = None
             self.wants_continue = False
@@ -9507,7 +9541,9 @@ class UiApi:
                 else "There is no such task."
             )
             return text_response(text, 404)
-        return Response(200, html, "text/html; charset=utf-8", [("Cache-Control", "no-cache")])
+        friends = ["'self'", "http://localhost:*", "http://127.0.0.1:*", *self.settings.allowed_origins]
+        policy = ("Content-Security-Policy", "frame-ancestors " + " ".join(friends))
+        return Response(200, html, "text/html; charset=utf-8", [("Cache-Control", "no-cache"), policy])
 
     async def get_card_data(self, request: Request) -> Response:
         """GET .../cards/{hash}/data: what a card that changes while its task runs shows now."""
@@ -9949,6 +9985,7 @@ class Connection:
         "parser",
         "deadline",
         "working",
+        "parting",
         "kept",
         "ours",
         "socket",
@@ -9964,6 +10001,7 @@ class Connection:
         self.parser = RequestParser()
         self.deadline = time.monotonic() + HEADER_TIMEOUT
         self.working = False  # a request is being answered
+        self.parting = False  # nothing more is read; what is left is being sent
         self.answers = 0
         self.answered = 0.0  # monotonic s of the first answer
         self.kept = False  # a lease: no limit on silence
@@ -10117,6 +10155,7 @@ def _ranged(request: Request, response: Response) -> Response:
     size = len(response.body)
     if unit.strip().lower() != "bytes" or not dash or not (first + last).isdigit() or not (first + last).isascii():
         return response
+    first, last = first[:18], last[:18]  # no file is longer, and int() refuses thousands of digits
     start = int(first) if first else max(size - int(last), 0)
     end = min(int(last) if first and last else size - 1, size - 1)
     if start > end:
@@ -10136,7 +10175,7 @@ class Service:
         self.settings = settings
         self.identity = identity
         self.log = log
-        self.store = Store(settings.metaflow_dir, os.path.join(settings.state_dir, "tmp"))
+        self.store = Store(os.path.realpath(settings.metaflow_dir), os.path.join(settings.state_dir, "tmp"))
         self.store.sweep()
         self.liveness = Liveness(self.store)
         self.subscriptions = Subscriptions(self.store, self.liveness, settings, log)
@@ -10165,7 +10204,9 @@ class Service:
         self._stopped = asyncio.Event()
         self._limit = _connection_limit()
         self._host = sock.getsockname()[0]
-        server = await asyncio.start_server(self._client, sock=sock, backlog=BACKLOG, limit=READ_SIZE)
+        # Here `backlog` also is how many connections are accepted at one go, before the cap is looked at.
+        server = await asyncio.start_server(self._client, sock=sock, backlog=SPARE_FILES // 8, limit=READ_SIZE)
+        sock.listen(BACKLOG)
         sweeper = asyncio.ensure_future(self._sweep())
         ready()
         try:
@@ -10213,7 +10254,10 @@ class Service:
             await asyncio.sleep(1.0)
             now = time.monotonic()
             for connection in list(self.connections):
-                if connection.socket is not None:
+                if connection.parting:
+                    if now > connection.deadline:
+                        connection.writer.transport.abort()
+                elif connection.socket is not None:
                     connection.socket.tick(now)
                 elif now > connection.deadline:
                     self._expired(connection, now)
@@ -10290,12 +10334,34 @@ class Service:
         except Exception:
             self.log(traceback.format_exc())
         finally:
-            self.connections.discard(connection)
             if connection.ours or self.draining or connection.one_shot():
                 self.liveness.forget(connection)
             else:
                 self.liveness.closed(connection)
+            try:
+                await self._part(connection)
+            finally:
+                self.connections.discard(connection)
+
+    async def _part(self, connection: Connection) -> None:
+        """Closes a connection; until all is sent it counts, and the sweeper's deadline ends it.
+
+        To close while the client still sends is a reset, which would overtake the answer that says why: what
+        it sends is dropped for a while.
+        """
+        reader, writer = connection.reader, connection.writer
+        connection.deadline = time.monotonic() + WRITE_TIMEOUT
+        connection.parting = True
+        try:
+            if connection.parser.cut_off and not self.draining and writer.can_write_eof():
+                writer.write_eof()
+                connection.deadline = time.monotonic() + LINGER_TIMEOUT
+                while await reader.read(READ_SIZE):
+                    pass
             writer.close()
+            await writer.wait_closed()
+        except (OSError, RuntimeError):
+            writer.transport.abort()
 
     async def _requests(self, connection: Connection) -> None:
         """Reads and answers requests in order until the connection ends."""
@@ -10364,7 +10430,7 @@ class Service:
         connection.working = not request.path.startswith(CONTROL_PREFIX)
         connection.deadline = time.monotonic() + WRITE_TIMEOUT
         began = time.perf_counter() if self.settings.debug else 0.0
-        close = self.draining
+        close = False
         extra: Headers = ()
         try:
             try:
@@ -10376,13 +10442,18 @@ class Service:
                     await self._take_over(connection, request, result, extra)
                     return False
             except Problem as problem:
+                if connection.socket is not None:  # HTTP is over on this connection
+                    return False
                 close = close or problem.close
                 result = problem_response(problem)
             except (ConnectionError, TimeoutError):
                 raise  # the client left
             except Exception:
                 self.log(f"{request.method} {request.path} failed\n{traceback.format_exc()}")
+                if connection.socket is not None:
+                    return False
                 result = problem_response(Problem(500, "the service failed on this request; see `mflocal logs`"))
+            close = close or self.draining
             keep = result.keeps_alive(request) and not close
             connection.ours = not keep
             try:
@@ -10804,9 +10875,19 @@ def process_birth(pid: int) -> str:
         return ""
 
 
+def _place(directory: str) -> List[int]:
+    """What a copy of a directory has not in common with it; [] for one that is gone."""
+    try:
+        info = os.stat(directory)
+    except OSError:
+        return []
+    return [info.st_dev, info.st_ino]
+
+
 def _stale(state: State) -> bool:
-    """True if the file is from before the last boot, or from another machine."""
-    return bool(boot_id()) and state.record.get("boot_id") != boot_id()
+    """True if the file is from before the last boot, from another machine, or came here with a copied project."""
+    copied = state.record.get("place") != _place(state.directory)
+    return copied or (bool(boot_id()) and state.record.get("boot_id") != boot_id())
 
 
 def _elsewhere(state: State) -> bool:
@@ -10880,11 +10961,6 @@ class Link:
         self.sock.close()
 
 
-def _place(directory: str) -> List[int]:
-    info = os.stat(directory)
-    return [info.st_dev, info.st_ino]
-
-
 def open_link(state: State) -> Optional[Link]:
     """A connection to the daemon of `state`, after it has proved to be that daemon; None if it is not there.
 
@@ -10899,8 +10975,7 @@ def open_link(state: State) -> Optional[Link]:
     try:
         status, body = link.ask("GET", "/_mflocal/id", secret=False)
         if status == 200 and isinstance(body, dict) and body.get("instance") == state.instance:
-            if body.get("place") == _place(state.directory):
-                return link
+            return link
     except (OSError, ValueError, IndexError):
         pass
     link.close()
@@ -10995,7 +11070,10 @@ def listen(settings: Settings, lock_fd: int, last_port: int = 0) -> socket.socke
             if port == 0 or firm:
                 raise DaemonError(_bind_problem(settings.host, port, error)) from None
             continue
-        os.pwrite(lock_fd, b"%-6d\n" % sock.getsockname()[1], 0)
+        try:
+            os.pwrite(lock_fd, b"%-6d\n" % sock.getsockname()[1], 0)
+        except OSError:
+            pass  # only a wish for the next start
         return sock
     raise DaemonError("no free port on %s" % settings.host)
 
@@ -11021,6 +11099,7 @@ def new_state(settings: Settings, directory: str, port: int, pid: int) -> State:
         "version": VERSION,
         "hostname": host_name(),
         "boot_id": boot_id(),
+        "place": _place(directory),
         "state": "starting",
         "auth_key": settings.auth_key,
         "ui": settings.ui_bundle,
@@ -11414,7 +11493,7 @@ class Host:
         return body
 
     def _id(self, request: Request) -> Response:
-        return json_response({"instance": self._state.instance, "place": _place(self._state.directory)})
+        return json_response({"instance": self._state.instance})
 
     def _status(self, request: Request) -> Response:
         self._check(request)

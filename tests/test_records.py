@@ -34,7 +34,7 @@ def test_flow_and_step_names_are_identifiers_that_fit_a_file_name(text: str, goo
 @pytest.mark.parametrize(
     ("text", "good"),
     [
-        ("1", True), ("1700000000000001", True), ("argo-abc", True), ("sfn-a:b.c_d", True), ("...", True),
+        ("1", True), ("1700000000000001", True), ("argo-abc", True), ("sfn-a:b.c_d", True), ("...", False), (".hidden", False),
         ("x" * 128, True), ("-1", True), ("1.0", True), ("NULL", True),
         ("", False), (".", False), ("..", False), ("a/b", False), ("a b", False), ("a\0b", False), ("a\n", False),
         ("x" * 129, False), ("é", False), ("²", False), ("١", False), ("a*", False), ("[a]", False), ("a\\b", False),
