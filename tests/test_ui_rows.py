@@ -47,7 +47,7 @@ class Root:
         self.three = (self.store, self.liveness, self.settings)
 
     async def state(self, run: Any, **options: Any) -> Any:
-        return await mflocal.ui_run_state(*self.three, run, **options)
+        return await mflocal.run_state(*self.three, run, **options)
 
     async def run_row(self, run: Any) -> dict[str, Any]:
         return await mflocal.ui_run_row(*self.three, run)
