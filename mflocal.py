@@ -34,6 +34,7 @@ from typing import (
     IO,
     TYPE_CHECKING,
     Any,
+    AnyStr,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -55,6 +56,7 @@ from typing import (
     Tuple,
     TypeVar,
     Union,
+    cast,
 )
 
 # What only the daemon needs is imported where it is used: `mflocal status` should not wait for it.
@@ -626,6 +628,25 @@ def loads(data: bytes) -> Any:
         raise Problem(400, f"the body is not JSON: {error}") from None
 
 
+class _LazyPattern:
+    """A regular expression, compiled when first used."""
+
+    def __init__(self, pattern: Union[str, bytes], flags: int) -> None:
+        self.pattern = pattern
+        self._flags = flags
+
+    def __getattr__(self, name: str) -> Any:
+        compiled = re.compile(self.pattern, self._flags)
+        for method in ("match", "fullmatch", "search", "sub"):
+            setattr(self, method, getattr(compiled, method))
+        return getattr(compiled, name)
+
+
+def lazy_pattern(pattern: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """As re.compile, but at first use: compiling the two dozen of this module would cost every command 3 ms."""
+    return cast("re.Pattern[AnyStr]", _LazyPattern(pattern, flags))
+
+
 # -- names. What passes here may become a file name; nothing else may.
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}").fullmatch
@@ -979,7 +1000,7 @@ def artifact_row(record: Mapping[str, Any], run: Mapping[str, Any]) -> Record:
     }
 
 
-_ARRAY_PLAIN = re.compile(r'[^\s{},"\\]+').fullmatch
+_ARRAY_PLAIN = lazy_pattern(r'[^\s{},"\\]+')
 
 
 def value_text(value: Any) -> Optional[str]:
@@ -988,7 +1009,9 @@ def value_text(value: Any) -> Optional[str]:
         return value
     if isinstance(value, list):
         parts = [value_text(part) or "" for part in value]
-        quoted = [p if _ARRAY_PLAIN(p) and p.upper() != "NULL" else json.dumps(p, ensure_ascii=False) for p in parts]
+        quoted = [
+            p if _ARRAY_PLAIN.fullmatch(p) and p.upper() != "NULL" else json.dumps(p, ensure_ascii=False) for p in parts
+        ]
         return "{" + ",".join(quoted) + "}"
     return text_of(value, "value") if isinstance(value, (bool, int, float)) else json.dumps(value)
 
@@ -2824,7 +2847,7 @@ PLAIN_TEXT_PROBLEMS = frozenset(("invalid-filter", "invalid-cursor", "invalid-li
 _STATUSES = frozenset(("running", "completed", "failed"))
 _OPERATORS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "co", "sw", "ew", "li", "is"))
 _EPOCHS = frozenset(("ts_epoch", "last_heartbeat_ts"))
-_INTEGER = re.compile(r"\s*[+-]?[0-9]{1,19}\s*", re.ASCII)
+_INTEGER = lazy_pattern(r"\s*[+-]?[0-9]{1,19}\s*", re.ASCII)
 _INT8 = 2**63
 _COMPARE: Dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
@@ -3526,7 +3549,7 @@ def group_rows(rows: Sequence[Row], query: ListQuery) -> Tuple[List[Row], bool]:
 # Answers.
 
 _SCHEMES = frozenset(("http", "https"))
-_HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+_HOST = lazy_pattern(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 
 
 def base_url(headers: Mapping[str, str], default_scheme: str = "http") -> str:
@@ -4654,8 +4677,8 @@ class ArtifactValue:
         self.error: Optional[Dict[str, Any]] = None
 
 
-_SHA = re.compile(r"[0-9a-f]{6,128}").fullmatch
-_TYPE = re.compile(r"<(?:class|type) '([^'<>]{1,200})'>").fullmatch
+_SHA = lazy_pattern(r"[0-9a-f]{6,128}")
+_TYPE = lazy_pattern(r"<(?:class|type) '([^'<>]{1,200})'>")
 _PICKLES = frozenset(["pickle-v2", "pickle-v4", "gzip+pickle-v2", "gzip+pickle-v4", "", None])
 _task_index_lock = _thread.allocate_lock()  # a threading.Lock without the 1 ms that importing it takes
 _task_indexes: OrderedDict[Tuple[str, ...], Tuple[Tuple[int, int, int], Dict[str, Any]]] = OrderedDict()
@@ -4792,12 +4815,12 @@ def read_artifact(
     info = _artifact_info(metaflow_dir, record)
     if type(info.get("size")) is int:
         value.size = info["size"]
-    known = _TYPE(info["type"]) if isinstance(info.get("type"), str) else None
+    known = _TYPE.fullmatch(info["type"]) if isinstance(info.get("type"), str) else None
     value.type = known.group(1) if known else ""
     if value.size is not None and value.size > limit:
         return _art_too_large(value, record, value.size)
     try:
-        data = _read_blob(metaflow_dir, flow, sha, limit) if _SHA(sha) else None
+        data = _read_blob(metaflow_dir, flow, sha, limit) if _SHA.fullmatch(sha) else None
     except _OverLimit as error:
         return _art_too_large(value, record, error.size)
     except (ValueError, OSError, MemoryError) as error:
@@ -4853,7 +4876,7 @@ def _decode_artifact(
 
 
 _INCLUDED_FILE = ("metaflow.includefile", "IncludedFile")
-_INCLUDED = re.compile(r"local://.*/([^/]+)/([0-9a-f]{40})", re.S).fullmatch
+_INCLUDED = lazy_pattern(r"local://.*/([^/]+)/([0-9a-f]{40})", re.S)
 
 
 def _read_included(
@@ -4880,7 +4903,7 @@ def _read_included(
     value.size = size if type(size) is int else None
     if value.size is not None and value.size > limit:
         return _art_too_large(value, record, value.size)
-    named = _INCLUDED(url) if isinstance(url, str) else None
+    named = _INCLUDED.fullmatch(url) if isinstance(url, str) else None
     if named is None or descriptor.get("type") not in ("uploader-v1", "uploader-v2"):
         kind = url.partition("://")[0] if isinstance(url, str) else "unknown"
         return _art_failed(value, NOT_LOCAL_ID, not_local_text(None if kind == "local" else kind, url))
@@ -5140,8 +5163,8 @@ def _graph_of_steps(shown: Sequence[Tuple[str, int]]) -> Dict[str, Any]:
 
 LOG_STREAMS = ("stdout", "stderr")
 _LOG_SOURCES = ("runtime", "task")
-_LOG_USUAL = re.compile(rb"\[MFLOG\|0\|([0-9-]{10}T[0-9:]{8})\.([0-9]{6})Z\|[^|\]\n]{1,40}\|[^|\]\n]{1,80}\]").match
-_LOG_HEAD = re.compile(rb"(?:\[!)?\[MFLOG\|0\|(.+?)Z\|.+?\|.+?\]").match
+_LOG_USUAL = lazy_pattern(rb"\[MFLOG\|0\|([0-9-]{10}T[0-9:]{8})\.([0-9]{6})Z\|[^|\]\n]{1,40}\|[^|\]\n]{1,80}\]")
+_LOG_HEAD = lazy_pattern(rb"(?:\[!)?\[MFLOG\|0\|(.+?)Z\|.+?\|.+?\]")
 _LOG_EPOCH = datetime.datetime(1970, 1, 1)
 _LOG_MICROSECOND = datetime.timedelta(microseconds=1)
 _LOG_BLOCK = 1024 * 1024
@@ -5173,12 +5196,12 @@ def _log_second(text: bytes) -> Optional[int]:
 
 def _log_head(line: bytes) -> Tuple[Optional[int], int]:
     """(time in microseconds, where the message starts) of a line; (None, 0) when it has no header."""
-    found = _LOG_USUAL(line)
+    found = _LOG_USUAL.match(line)
     if found is not None and found.end() <= LOG_HEADER:
         second = _log_second(found.group(1))
         if second is not None:
             return second + int(found.group(2)), found.end()
-    found = _LOG_HEAD(line[:LOG_HEADER])
+    found = _LOG_HEAD.match(line[:LOG_HEADER])
     when = _log_time(found.group(1)) if found else None
     return (None, 0) if found is None or when is None else (when, found.end())
 
@@ -5573,7 +5596,7 @@ class _Card(NamedTuple):
     parts: Tuple[str, ...]
 
 
-_CARD_NAME = re.compile(r"([^-/\\]{1,128})-(?:([^-/\\]{1,128})-)?([0-9A-Za-z]{1,64})\.(html|data\.json)").fullmatch
+_CARD_NAME = lazy_pattern(r"([^-/\\]{1,128})-(?:([^-/\\]{1,128})-)?([0-9A-Za-z]{1,64})\.(html|data\.json)")
 
 
 def _card_places(task: Sequence[str], kind: str) -> List[Tuple[str, ...]]:
@@ -5599,7 +5622,7 @@ def _find_cards(metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str
             )
             found = False
             for name in _list_below(above, below):
-                match = _CARD_NAME(name)
+                match = _CARD_NAME.fullmatch(name)
                 if match and (match.group(4) == "html") == (kind == "cards"):
                     found = True
                     yield _Card(match.group(1), match.group(2), match.group(3), above, (*below, name))
@@ -5793,28 +5816,28 @@ _HTTP_REASONS = {
 }
 
 _HTTP_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
-_HTTP_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
-_HTTP_TARGET = re.compile(r"/[!\"$-~]*")  # visible ASCII without "#"
-_HTTP_ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp]://([!\"$-.0->@-~]+)([/?][!\"$-~]*)?")
-_HTTP_LENGTH = re.compile(r"[0-9]{1,19}")
-_HTTP_CODINGS = re.compile(rf"{_HTTP_TOKEN.pattern}(?:[ \t]*,[ \t]*{_HTTP_TOKEN.pattern})*")
-_HTTP_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9A-Za-z._-]{1,255}))(?::([0-9]{1,5}))?")
-_HTTP_PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})?")
-_HTTP_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_HTTP_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_HTTP_TOKEN = lazy_pattern(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_HTTP_VERSION = lazy_pattern(r"HTTP/[0-9]\.[0-9]")
+_HTTP_TARGET = lazy_pattern(r"/[!\"$-~]*")  # visible ASCII without "#"
+_HTTP_ABSOLUTE = lazy_pattern(r"[Hh][Tt][Tt][Pp]://([!\"$-.0->@-~]+)([/?][!\"$-~]*)?")
+_HTTP_LENGTH = lazy_pattern(r"[0-9]{1,19}")
+_HTTP_CODINGS = lazy_pattern(rf"{_HTTP_TOKEN.pattern}(?:[ \t]*,[ \t]*{_HTTP_TOKEN.pattern})*")
+_HTTP_AUTHORITY = lazy_pattern(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9A-Za-z._-]{1,255}))(?::([0-9]{1,5}))?")
+_HTTP_PERCENT = lazy_pattern(rb"%([0-9A-Fa-f]{2})?")
+_HTTP_VALUE = lazy_pattern(r"[\t\x20-\x7e\x80-\xff]*")
+_HTTP_CONTROL = lazy_pattern(rb"[\x00-\x08\x0a-\x1f\x7f]")
 # The bytes that may stand inside a line: what translate() leaves over must be CRLF pairs, nothing else.
 _HTTP_TEXT = bytes(c for c in range(256) if c == 9 or (c >= 32 and c != 127))
 
 _HTTP_TOKEN_BYTES = _HTTP_TOKEN.pattern.encode()
-_HTTP_CHUNK_LINE = re.compile(
+_HTTP_CHUNK_LINE = lazy_pattern(
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*"
     + _HTTP_TOKEN_BYTES
     + rb"(?:[ \t]*=[ \t]*(?:"
     + _HTTP_TOKEN_BYTES
     + rb'|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"))?)*)'
 )
-_HTTP_CHUNK_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t\x20-\x7e\x80-\xff]*)?\r?)?")
+_HTTP_CHUNK_BEGUN = lazy_pattern(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t\x20-\x7e\x80-\xff]*)?\r?)?")
 
 # Fields that mean one thing: a second one is how two readers of a message come to differ.
 _HTTP_SINGLETONS = frozenset(
@@ -6515,7 +6538,7 @@ def problem_response(problem: Problem) -> Response:
 # Payload of a control frame (RFC 6455, 5.5); a close frame spends two of them on its code.
 _WS_MAX_CONTROL = 125
 _WS_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
-_WS_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # base64 of exactly 16 bytes
+_WS_KEY = lazy_pattern(r"[A-Za-z0-9+/]{22}==")  # base64 of exactly 16 bytes
 _WS_CONTINUATION, _WS_TEXT, _WS_BINARY, _WS_CLOSE, _WS_PING, _WS_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 _WS_OPCODES = frozenset((_WS_CONTINUATION, _WS_TEXT, _WS_BINARY, _WS_CLOSE, _WS_PING, _WS_PONG))
 _WS_EXTENDED = {126: 2, 127: 8}  # 7-bit length -> bytes of the length that follows
@@ -8016,13 +8039,13 @@ async def _label_of(store: Store, settings: Settings, task: TaskNode, facts: Tas
     return label or ""
 
 
-_METAFLOW_VERSION = re.compile(r"metaflow_version:(\d+)\.(\d+)\.(\d+)").match
+_METAFLOW_VERSION = lazy_pattern(r"metaflow_version:(\d+)\.(\d+)\.(\d+)")
 
 
 def _tells_foreach(run: RunNode) -> bool:
     """Whether the run's Metaflow writes the foreach stack of every task as metadata: from 2.14.1 on."""
     for tag in _list_of(run.self_record, "system_tags"):
-        found = _METAFLOW_VERSION(tag) if isinstance(tag, str) else None
+        found = _METAFLOW_VERSION.match(tag) if isinstance(tag, str) else None
         if found:
             return tuple(int(part) for part in found.groups()) >= (2, 14, 1)
     return False
