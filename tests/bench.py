@@ -906,7 +906,7 @@ def _mutate_tags(context: Context, count: int) -> list[bytes]:
     made = []
     for _ in range(count):
         number = context.next()
-        body = {"tags_to_add": [f"t{number}"], "tags_to_remove": [f"t{number - 1}"]}
+        body = {"tags_to_add": [f"t{number % 20}"], "tags_to_remove": [f"t{(number + 7) % 20}"]}
         made.append(request("PATCH", f"{context.base}/tag/mutate", body))
     return made
 
