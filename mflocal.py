@@ -84,8 +84,6 @@ MAX_HEADERS = 100  # number of header lines (431); browsers send about 20
 MAX_BODY = 16 * MIB  # 413 before buffering; 5,000 artifacts registered at once are about 3 MiB
 MAX_CHUNK_LINE = 256  # one chunk-size line with its extensions
 MAX_CHUNKS = 65536  # 16 MiB in chunks of 256 bytes; stops floods of one-byte chunks
-MAX_UNREAD_BODY = 64 * KIB  # body left unread by a handler: read and dropped up to here, else close
-MAX_JSON_DEPTH = 100  # nesting of a JSON body; Metaflow nests 4 deep
 MAX_INT_DIGITS = 4300  # CPython's own limit since 3.11; the same on 3.9 and 3.10
 MAX_PATTERN = 512  # characters of a regular expression sent by a client (ReDoS)
 HEADER_TIMEOUT = 10.0  # s for a whole header block, from its first byte (slowloris)
@@ -106,7 +104,6 @@ WS_PING_INTERVAL = 20.0  # s between pings of ours
 WS_PING_TIMEOUT = 10.0  # s of silence after a ping before the connection counts as dead
 
 # Liveness and status.
-HEARTBEAT_INTERVAL = 10.0  # s between the heartbeats of Metaflow's client
 RUN_CUTOFF = 60.0  # s after the last heartbeat until a run or task counts as dead
 LOCAL_CUTOFF = 86_400.0  # s of silence on disk until a local-mode run with an unfinished task counts as dead
 
@@ -603,6 +600,12 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
+def _short_int(text: str) -> int:
+    if len(text) > MAX_INT_DIGITS:  # older 3.9 and 3.10 would take minutes for a body full of digits
+        raise ValueError(f"{text:.40}... is too long a number")
+    return int(text)
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
@@ -610,7 +613,7 @@ def _finite(text: str) -> float:
     return value
 
 
-_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
+_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int).decode
 
 
 def loads(data: bytes) -> Any:
@@ -1750,12 +1753,6 @@ class Store:
             return None
         return node
 
-    def find_task(self, flow: str, run_id: str, step_name: str, task_id: str) -> Optional[TaskNode]:
-        """A task by its whole pathspec; None as soon as a part is missing."""
-        run = self.run(flow, run_id)
-        step = self.step(run, step_name) if run else None
-        return self.task(step, task_id) if step else None
-
     def _found(self, parent: FlowNode, node: RunNode) -> None:
         self._tell(Event("run", parent, node))
 
@@ -2041,16 +2038,6 @@ class Store:
             if flow.baseline:
                 await self.runs(flow)
             await pace()
-
-    async def refresh_run(self, run: RunNode) -> None:
-        """Looks for what local mode changed in one run: its tags, steps, tasks and what tasks report."""
-        pace = Pacer()
-        if not self._valid(run):
-            return
-        for step in self.steps(run):
-            for task in await self.tasks(step):
-                self.facts(task)
-                await pace()
 
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
@@ -2356,10 +2343,6 @@ class Liveness:
         """Whether any wrapper lives or any connection stands for something unfinished."""
         return bool(self._leases) or any(not self._finished(self._nodes[key], key[1]) for key in self._open)
 
-    def leased(self, lease: str) -> bool:
-        """Whether the wrapper of this lease lives."""
-        return lease in self._leases
-
     def active_runs(self, cutoff: int) -> List[Tuple[RunNode, str]]:
         """(run, how it is known to be alive: connection, heartbeat or lease) of every unfinished run."""
         found: Dict[str, Tuple[RunNode, str]] = {}
@@ -2655,14 +2638,6 @@ class RunSummary:
         return None
 
 
-def summarize(tasks: Iterable[Tuple[str, TaskFacts]], end_step: str = "end") -> RunSummary:
-    """The RunSummary of (step name, facts) pairs; end_step: `end`, or what `_parameters` says it is."""
-    summary = RunSummary(end_step)
-    for step_name, facts in tasks:
-        summary.add(step_name, facts)
-    return summary
-
-
 def _attempts_unknown(step_name: str) -> Optional[int]:
     return None
 
@@ -2841,8 +2816,6 @@ del SERVICE_TASK_COLUMNS["tags"], SERVICE_TASK_COLUMNS["system_tags"]  # a task 
 NOT_GROUPED = frozenset(
     ("run", "status", "finished_at", "duration", "started_at", "attempt_id", "task_ok", "foreach_label")
 )
-# Problems whose detail the metadata API sends as a bare JSON string, as the real service does.
-PLAIN_TEXT_PROBLEMS = frozenset(("invalid-filter", "invalid-cursor", "invalid-limit"))
 
 _STATUSES = frozenset(("running", "completed", "failed"))
 _OPERATORS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "co", "sw", "ew", "li", "is"))

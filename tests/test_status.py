@@ -13,7 +13,7 @@ from mflocal import FAILED as F
 from mflocal import PENDING as P
 from mflocal import RUNNING as R
 from mflocal import UNKNOWN as U
-from mflocal import TaskFacts, allowed_attempts, attempt_rows, run_status, step_duration, summarize
+from mflocal import TaskFacts, allowed_attempts, attempt_rows, run_status, step_duration
 
 T = 1_795_293_431_000
 HOUR = 3_600_000
@@ -21,6 +21,14 @@ DAY = 24 * HOUR
 NOW = T + HOUR
 LIVE = {"alive": lambda n: True}
 DEAD = {"alive": lambda n: False}
+
+
+def summarize(tasks, end_step="end"):
+    """The RunSummary of (step name, facts) pairs."""
+    summary = mflocal.RunSummary(end_step)
+    for step_name, facts in tasks:
+        summary.add(step_name, facts)
+    return summary
 
 
 def sec(ms):
