@@ -1753,6 +1753,12 @@ class Store:
             return None
         return node
 
+    def find_task(self, flow: str, run_id: str, step_name: str, task_id: str) -> Optional[TaskNode]:
+        """A task by its whole pathspec; None as soon as a part is missing."""
+        run = self.run(flow, run_id)
+        step = self.step(run, step_name) if run else None
+        return self.task(step, task_id) if step else None
+
     def _found(self, parent: FlowNode, node: RunNode) -> None:
         self._tell(Event("run", parent, node))
 
@@ -7351,10 +7357,8 @@ class MetadataApi:
             return None  # the real service lists nothing where the parent is missing
 
     def _maybe_task(self, request: Request) -> Optional[TaskNode]:
-        try:
-            return self._task(request)
-        except Problem:
-            return None
+        params = request.params
+        return self.store.find_task(params["flow"], params["run"], params["step"], params["task"])
 
     # -- rows
 
