@@ -116,6 +116,9 @@ CONTROL_TIMEOUT = 5.0  # s for one answer of the daemon to a command
 KILL_AFTER = 5.0  # s between SIGTERM and SIGKILL for CMD when the daemon cannot serve it
 MAX_RESTARTS = 3  # times in RESTART_WINDOW that `run` brings a dead daemon back
 RESTART_WINDOW = 60.0  # s
+RETRY_PAUSE = 0.25  # s between two of its looks
+PORT_PATIENCE = 15.0  # s for which it tries to get the port back; Metaflow's client asks again for about 30 s
+NO_REPORT = "it ended without a word"  # what read_ready() says of a daemon that was killed while it started
 LOG_BYTES = 1 * MIB  # size at which daemon.log becomes daemon.log.1
 MAX_STATE_FILE = 64 * KIB  # daemon.json is < 2 KiB; more is not ours
 
@@ -11176,7 +11179,10 @@ def _spawn(root: str, stdin: int, log: int, keep: Tuple[int, ...]) -> int:
 
 
 def read_ready(fd: int) -> Optional[str]:
-    """The daemon's report from its pipe, which is closed then: None = ready, else why it did not start."""
+    """The daemon's report from its pipe, which is closed then: None = ready, else why it did not start.
+
+    NO_REPORT: it was killed before it could say.
+    """
     data = b""
     try:
         while not data.endswith(b"\n"):
@@ -11190,7 +11196,7 @@ def read_ready(fd: int) -> Optional[str]:
         report = json.loads(data)
         return None if report.get("ready") else str(report.get("error"))
     except (ValueError, AttributeError):
-        return "it ended without a word"
+        return NO_REPORT
 
 
 def wait_ready(running: Running) -> Running:
@@ -12081,7 +12087,7 @@ class _Wrapper:
         self._link: Optional[Link] = running.link
         self._ready_fd = running.ready_fd
         self._retry_at: Optional[float] = None  # monotonic: when to look for our daemon again
-        self._give_up_at = 0.0
+        self._lost_at = 0.0  # monotonic
         self._restarts: List[float] = []
         self._pid = 0
         self._status: Optional[int] = None
@@ -12175,7 +12181,9 @@ class _Wrapper:
         if self._ready_fd in events:
             fd, self._ready_fd = self._ready_fd, -1
             problem = read_ready(fd)
-            if problem:
+            if problem == NO_REPORT and len(self._restarts) < MAX_RESTARTS:
+                self._lost()  # killed while it started: the next one may live
+            elif problem:
                 raise _Ended(start_problem(self._running.state, problem))
         if self._link and self._link.sock.fileno() in events:
             self._lease_event(self._link)
@@ -12189,7 +12197,8 @@ class _Wrapper:
                 self._link = Link(self._running.state)
             self._link.send("POST", "/_mflocal/lease", {"lease": self._lease})
         except OSError:
-            self._lost()
+            if self._ready_fd < 0:
+                self._lost()
 
     def _lease_event(self, link: Link) -> None:
         """The lease connection has something: the answer, or its end."""
@@ -12198,7 +12207,11 @@ class _Wrapper:
                 return
         except (OSError, ValueError, IndexError):
             pass
-        self._lost()
+        if self._ready_fd < 0:
+            self._lost()
+            return
+        link.close()  # it ends while it starts: its report, or the end of the pipe, says why
+        self._link = None
 
     def _lost(self) -> None:
         """The daemon is gone. daemon.json tells: still its own means it crashed, else it was asked to go."""
@@ -12206,8 +12219,7 @@ class _Wrapper:
             self._link.close()
             self._link = None
         now = time.monotonic()
-        self._retry_at = now
-        self._give_up_at = now + RESTART_WINDOW
+        self._retry_at = self._lost_at = now
 
     def _find_again(self) -> None:
         """Bring a crashed daemon back on its port; after a `restart` go over to the new one."""
@@ -12220,9 +12232,16 @@ class _Wrapper:
         if len(self._restarts) >= MAX_RESTARTS:
             self._retry_at = self._restarts[0] + RESTART_WINDOW
             return
-        self._restarts.append(now)
         settings = _as_started(self._settings, state)
-        self._running = ensure(settings, last_port=state.port)
+        try:
+            self._running = ensure(settings, last_port=state.port)
+        except DaemonError:
+            # A connection of another program may have the port for a moment; CMD's client asks again for long.
+            if now > self._lost_at + PORT_PATIENCE:
+                raise
+            self._retry_at = now + RETRY_PAUSE
+            return
+        self._restarts.append(now)
         if self._running.state.port != state.port:
             raise _Ended("the daemon came back on port %d, not %d" % (self._running.state.port, state.port))
         self._settings = settings
@@ -12247,7 +12266,7 @@ class _Wrapper:
         if found:
             found[1].close()
         now = time.monotonic()
-        self._retry_at = now + 0.25 if now < self._give_up_at else None
+        self._retry_at = now + RETRY_PAUSE if now < self._lost_at + RESTART_WINDOW else None
 
     def _end_command(self) -> int:
         """SIGTERM, and SIGKILL when that does not help."""

@@ -476,7 +476,9 @@ def test_the_command_inherits_neither_lock_nor_socket(project: Path) -> None:
 
 @pytest.mark.core
 def test_ctrl_c_is_the_commands(project: Path) -> None:
-    code = "import time\ntry:\n print('up', flush=True); time.sleep(30)\nexcept KeyboardInterrupt:\n raise SystemExit(5)"
+    code = (
+        "import time\ntry:\n print('up', flush=True); time.sleep(30)\nexcept KeyboardInterrupt:\n raise SystemExit(5)"
+    )
     wrapper = popen("run", "-q", PYTHON, "-c", code, cwd=project, stdout=subprocess.PIPE, start_new_session=True)
     assert wrapper.stdout and wrapper.stdout.readline() == "up\n"
     os.killpg(wrapper.pid, signal.SIGINT)
@@ -543,6 +545,53 @@ def read_state(root: Path) -> dict[str, Any] | None:
 def changed(root: Path, instance: str) -> dict[str, Any] | None:
     state = read_state(root)
     return state if state and state["instance"] != instance else None
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("state", ["starting", "ready"])
+def test_a_daemon_killed_while_it_starts_takes_nothing_with_it(project: Path, state: str) -> None:
+    """daemon.json says `ready` before the wrapper has been told; killed in between it leaves without a word."""
+    wrapper = popen("run", "sleep", "3", cwd=project, stderr=subprocess.PIPE)
+    killed: set[str] = set()
+    until = time.monotonic() + 10
+    while len(killed) < 2 and time.monotonic() < until:
+        try:
+            found = state_of(project)
+        except (OSError, ValueError):
+            continue
+        if found["state"] == state and found["instance"] not in killed:
+            os.kill(found["pid"], signal.SIGKILL)
+            killed.add(found["instance"])
+    assert len(killed) == 2
+    wait_for(lambda: (read_state(project) or {"instance": None})["instance"] not in {None, *killed})
+    _, err = wrapper.communicate(timeout=20)
+    assert wrapper.returncode == 0 and err.count("started it again") == 2
+
+
+def test_a_port_that_is_taken_for_a_moment_is_waited_for(project: Path) -> None:
+    wrapper = popen("run", "sleep", "6", cwd=project, stderr=subprocess.PIPE)
+    first = wait_for(lambda: read_state(project))
+    time.sleep(0.3)
+    wrapper.send_signal(signal.SIGSTOP)
+    os.kill(first["pid"], signal.SIGKILL)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        wait_for(lambda: bound(taken, first["port"]))
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # from here on nobody shares it
+        wrapper.send_signal(signal.SIGCONT)
+        time.sleep(1.5)
+        assert wrapper.poll() is None
+    assert wait_for(lambda: changed(project, first["instance"]))["port"] == first["port"]
+    _, err = wrapper.communicate(timeout=20)
+    assert wrapper.returncode == 0 and err.count("started it again") == 1
+
+
+def bound(sock: socket.socket, port: int) -> bool:
+    try:
+        sock.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
 
 
 def test_not_more_than_three_times_a_minute(project: Path) -> None:
@@ -636,7 +685,7 @@ class Impostor(threading.Thread):
             try:
                 connection, _ = self.server.accept()
                 self.heard += connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{\"instance\": \"x\"}")
+                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{"instance": "x"}')
                 connection.close()
             except OSError:
                 return
@@ -813,9 +862,7 @@ def test_a_file_system_without_locks(project: Path, tmp_path: Path, how: str) ->
     runtime = tmp_path / "runtime"
     runtime.mkdir(mode=0o700)
     env = clean_env(LD_PRELOAD=str(library), TEST_FLOCK=how, XDG_RUNTIME_DIR=str(runtime))
-    starts = [
-        popen("start", cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)
-    ]
+    starts = [popen("start", cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
     outs = [process.communicate(timeout=60) for process in starts]
     assert [process.returncode for process in starts] == [0] * 4, outs
     assert sum(str(runtime) in err for _, err in outs) == 1
