@@ -30,40 +30,66 @@ import time
 import zlib
 from collections import OrderedDict, deque
 from functools import lru_cache
-from typing import (
-    IO,
-    TYPE_CHECKING,
-    Any,
-    AnyStr,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Deque,
-    Dict,
-    FrozenSet,
-    Hashable,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Protocol,
-    Sequence,
-    Set,
-    Tuple,
-    TypeVar,
-    Union,
-    cast,
-)
 
-# What only the daemon needs is imported where it is used: `mflocal status` should not wait for it.
+TYPE_CHECKING = False  # as type checkers know it; `typing` itself would cost every command 3 ms
 if TYPE_CHECKING:
     import array
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
+    from typing import (
+        IO,
+        Any,
+        AnyStr,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Collection,
+        Deque,
+        Dict,
+        FrozenSet,
+        Hashable,
+        Iterable,
+        Iterator,
+        List,
+        Mapping,
+        NamedTuple,
+        NoReturn,
+        Optional,
+        Protocol,
+        Sequence,
+        Set,
+        Tuple,
+        TypeVar,
+        Union,
+    )
+else:
+
+    class NamedTuple(tuple):
+        """What this module uses of typing.NamedTuple, which would cost every command another 3 ms."""
+
+        def __init_subclass__(cls):
+            cls._fields = tuple(cls.__annotations__)
+            cls._field_defaults = {name: getattr(cls, name) for name in cls._fields if hasattr(cls, name)}
+            for index, name in enumerate(cls._fields):
+                setattr(cls, name, property(operator.itemgetter(index)))
+
+        def __new__(cls, *values, **named):
+            if named or len(values) != len(cls._fields):
+                rest = cls._fields[len(values) :]
+                given = {**cls._field_defaults, **named}
+                values += tuple([given[name] for name in rest if name in given])
+                if len(values) != len(cls._fields) or not named.keys() <= set(rest):
+                    raise TypeError("%s takes %s" % (cls.__name__, ", ".join(cls._fields)))
+            return tuple.__new__(cls, values)
+
+        def __repr__(self):
+            return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in self._asdict().items()))
+
+        def _asdict(self):
+            return dict(zip(self._fields, self))
+
+        def _replace(self, **changes):
+            return type(self)(**{**self._asdict(), **changes})
 
 
 # ---- 1. Settings: limits, flags and environment, which .metaflow ----
@@ -525,8 +551,9 @@ def _real_root(root: str) -> str:
 
 # ---- 2. Records: names, JSON, and the shapes that go to disk and to clients ----
 
-Record = Dict[str, Any]
-PublicId = Union[int, str]
+if TYPE_CHECKING:
+    Record = Dict[str, Any]
+    PublicId = Union[int, str]
 
 TITLES = {
     400: "Bad Request",
@@ -650,7 +677,7 @@ class _LazyPattern:
 
 def lazy_pattern(pattern: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
     """As re.compile, but at first use: compiling the two dozen of this module would cost every command 3 ms."""
-    return cast("re.Pattern[AnyStr]", _LazyPattern(pattern, flags))
+    return _LazyPattern(pattern, flags)  # type: ignore[return-value]
 
 
 # -- names. What passes here may become a file name; nothing else may.
@@ -1202,7 +1229,8 @@ class TaskNode:
         return f"{self.run.flow}/{self.run.id}/{self.step.name}/{self.id}"
 
 
-Node = Union[FlowNode, RunNode, StepNode, TaskNode]
+if TYPE_CHECKING:
+    Node = Union[FlowNode, RunNode, StepNode, TaskNode]
 
 
 class Event(NamedTuple):
@@ -1276,8 +1304,9 @@ def disk_problem(error: OSError, path: str) -> Problem:
     return Problem(507 if full else 500, f"cannot write {path}: {reason}", id="no-space" if full else "disk-error")
 
 
-_Named = TypeVar("_Named", RunNode, StepNode, TaskNode)
-RunOrTask = Union[RunNode, TaskNode]
+if TYPE_CHECKING:
+    _Named = TypeVar("_Named", RunNode, StepNode, TaskNode)
+    RunOrTask = Union[RunNode, TaskNode]
 
 
 class Store:
@@ -2198,7 +2227,8 @@ def _take_fact(facts: TaskFacts, name: str, record: Record) -> None:
 # ---- 4. Liveness: the open connection is the heartbeat ----
 
 _RUN = -1  # stands where an attempt's number would, in the keys of runs
-_Key = Tuple[str, int]
+if TYPE_CHECKING:
+    _Key = Tuple[str, int]
 
 
 class Liveness:
@@ -2782,10 +2812,11 @@ PAGE_LIMIT, MAX_PAGE_LIMIT = 10, 1000  # rows (or groups) of a UI page, as the U
 GROUP_LIMIT, MAX_GROUP_LIMIT = 10, 1000  # rows per group, likewise
 CURSOR_LIMIT, MAX_CURSOR_LIMIT = 50, 500  # rows of a metadata API page, as the metadata service has them
 
-Row = Mapping[str, Any]
-Args = Sequence[Tuple[str, str]]
-Predicate = Callable[[Row], bool]
-Order = Sequence[Tuple[str, bool]]  # (column, descending)
+if TYPE_CHECKING:
+    Row = Mapping[str, Any]
+    Args = Sequence[Tuple[str, str]]
+    Predicate = Callable[[Row], bool]
+    Order = Sequence[Tuple[str, bool]]  # (column, descending)
 
 
 def _columns(text: str, numbers: str) -> Dict[str, str]:
@@ -2927,7 +2958,7 @@ class _Unsupported(Exception):
     """A regular expression that the automaton cannot run: look-around, back references, too many states."""
 
 
-class _PatternState(Dict[str, "_PatternState"]):
+class _PatternState(dict[str, "_PatternState"]):
     """One state of the lazily built automaton: character -> next state."""
 
     __slots__ = ("kernel", "before")
@@ -3155,7 +3186,7 @@ def compile_pattern(pattern: str, *, search: bool = False) -> Callable[[str], bo
 # Filters.
 
 
-class Filters(List[Predicate]):
+class Filters(list["Predicate"]):
     """Predicates on rows, all of which must hold; `columns` are the ones they look at."""
 
     def __init__(self, predicates: Iterable[Predicate] = (), columns: Iterable[str] = ()) -> None:
@@ -3845,25 +3876,25 @@ class PlainValue:
         self.code = code
 
 
-class _Ordered(Dict[Any, Any]):
+class _Ordered(dict["Any", "Any"]):
     """An OrderedDict."""
 
 
-class _Counted(Dict[Any, Any]):
+class _Counted(dict["Any", "Any"]):
     """A Counter."""
 
 
-class _Defaulted(Dict[Any, Any]):
+class _Defaulted(dict["Any", "Any"]):
     """A defaultdict."""
 
     factory: Any = None
 
 
-class _Config(Dict[Any, Any]):
+class _Config(dict["Any", "Any"]):
     """Metaflow's ConfigValue."""
 
 
-class _Queue(List[Any]):
+class _Queue(list["Any"]):
     """A deque. (A real one recurses in C when a deep nest of them is freed.)"""
 
     maxlen: Optional[int] = None
@@ -6595,7 +6626,8 @@ class Close(NamedTuple):
     reason: str
 
 
-WebSocketEvent = Union[Text, Ping, Pong, Close]
+if TYPE_CHECKING:
+    WebSocketEvent = Union[Text, Ping, Pong, Close]
 
 
 class _Violation(Exception):
@@ -6837,7 +6869,8 @@ class WebSocketProtocol:
 # ---- 10. Router and access: which handler, and who may ask ----
 
 # A handler returns a Response, an awaitable of one, or what section 14 takes over (a WebSocket).
-Handler = Callable[[Request], Any]
+if TYPE_CHECKING:
+    Handler = Callable[[Request], Any]
 Headers = tuple[tuple[str, str], ...]
 
 # Methods that change nothing (RFC 9110, 9.2.1): a mere link causes them, so they are not guarded as writes.
@@ -7180,7 +7213,8 @@ async def encode_list(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 # -- blocking reads
 
-_Got = TypeVar("_Got")
+if TYPE_CHECKING:
+    _Got = TypeVar("_Got")
 
 
 @functools.lru_cache(maxsize=1)
@@ -7775,7 +7809,8 @@ def register_metadata_routes(router: Router, api: MetadataApi) -> None:
 # ---- 12. Subscriptions: the rows of the UI, and who is told of which ----
 
 
-_UiArgs = Sequence[Tuple[str, str]]
+if TYPE_CHECKING:
+    _UiArgs = Sequence[Tuple[str, str]]
 
 
 async def ui_parameters(store: Store, settings: Settings, run: RunNode) -> Record:
@@ -8089,21 +8124,23 @@ def asks_for_local_artifacts(args: _UiArgs) -> bool:
 # -- subscriptions
 
 
-class UiSocket(Protocol):
-    """What sections 12 and 13 need of an open WebSocket."""
+if TYPE_CHECKING:
 
-    @property
-    def request(self) -> Request:
-        """The request that opened it."""
+    class UiSocket(Protocol):
+        """What sections 12 and 13 need of an open WebSocket."""
 
-    async def receive(self) -> Optional[str]:
-        """The next text message, None when closed."""
+        @property
+        def request(self) -> Request:
+            """The request that opened it."""
 
-    def send_text(self, text: str) -> bool:
-        """Queues a message without waiting; False when the client is gone or, over WS_MAX_QUEUE, dropped."""
+        async def receive(self) -> Optional[str]:
+            """The next text message, None when closed."""
 
-    def close(self, code: int = 1000, reason: str = "") -> None:
-        """Begins the closing handshake."""
+        def send_text(self, text: str) -> bool:
+            """Queues a message without waiting; False when the client is gone or, over WS_MAX_QUEUE, dropped."""
+
+        def close(self, code: int = 1000, reason: str = "") -> None:
+            """Begins the closing handshake."""
 
 
 class _Target(NamedTuple):
@@ -8252,7 +8289,8 @@ class _Order(NamedTuple):
     since: float = 0.0
 
 
-_Pending = Union[Event, _Order]
+if TYPE_CHECKING:
+    _Pending = Union[Event, _Order]
 _ROW_KINDS = ("metadata", "artifacts")
 
 

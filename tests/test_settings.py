@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import clean_env
@@ -198,3 +199,46 @@ def test_missing_profile_is_named(tmp_path: Path) -> None:
 def test_nothing_is_created_by_looking(tmp_path: Path) -> None:
     mflocal.find_root(None, {}, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def both_kinds() -> list[Any]:
+    class Ours(mflocal.NamedTuple):
+        a: int
+        b: str = "x"
+        c: tuple[int, ...] = ()
+
+    class Theirs(NamedTuple):
+        a: int
+        b: str = "x"
+        c: tuple[int, ...] = ()
+
+    return [Ours, Theirs]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ((1,), {}),
+        ((1, "y", (2,)), {}),
+        ((), {"a": 1}),
+        ((), {"c": (3,), "a": 1}),
+        ((1,), {"c": (3,)}),
+        ((), {}),
+        ((1, "y", (), 4), {}),
+        ((1,), {"a": 2}),
+        ((1,), {"d": 2}),
+        ((), {"b": "y"}),
+    ],
+)
+def test_our_named_tuples_are_as_those_of_typing(values: tuple[Any, ...], named: dict[str, Any]) -> None:
+    made = []
+    for kind in both_kinds():
+        try:
+            one = kind(*values, **named)
+            other = one._replace(b="z")
+        except TypeError:
+            made.append(None)
+        else:
+            shown = repr(one).partition("(")[2]
+            made.append((tuple(one), one.a, one.b, one.c, one._asdict(), tuple(other), one == tuple(one), shown))
+    assert made[0] == made[1]
