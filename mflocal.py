@@ -1319,6 +1319,7 @@ class Store:
     def __init__(self, metaflow_dir: str, temp_dir: str) -> None:
         self.root = metaflow_dir
         self.temp_dir = temp_dir
+        self._temp = f"{temp_dir}/{os.getpid()}-"
         self._lease_dir = f"{os.path.dirname(temp_dir)}/leases"
         self.listeners: List[Callable[[Event], None]] = []
         self._flows: Dict[str, FlowNode] = {}
@@ -1357,7 +1358,7 @@ class Store:
 
     def _write(self, path: str, record: Record) -> None:
         """The one file primitive: a whole file by temp and rename, under the user's umask. Raises Problem."""
-        temp = f"{self.temp_dir}/{os.getpid()}-{next(self._serial)}"
+        temp = f"{self._temp}{next(self._serial)}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             try:
@@ -1499,9 +1500,16 @@ class Store:
         return run.next_task
 
     def _check_place(self, directory: str) -> None:
-        """Problem(500) where a directory below the root has become a link since it was read."""
-        if os.path.realpath(directory) != directory:
-            raise Problem(500, f"cannot write {directory}: a part of it is a link", id="disk-error")
+        """Problem(500) where `.metaflow` or a directory below it has become a link since it was read."""
+        place = self.root
+        for part in directory[len(place) :].split("/"):
+            place = f"{place}/{part}" if part else place
+            try:
+                is_link = stat.S_ISLNK(os.lstat(place).st_mode)
+            except OSError:
+                return  # not there: what is to be written below it fails by itself
+            if is_link:
+                raise Problem(500, f"cannot write {directory}: {place} is a link", id="disk-error")
 
     async def add_metadata(self, task: TaskNode, rows: List[Record]) -> int:
         """Writes checked metadata rows, all or none, one file each; returns how many.
@@ -1513,11 +1521,14 @@ class Store:
         ids = {"run_number": run.id, "step_name": task.step.name, "task_id": task.id}
         ms, pace, written = now_ms(), Pacer(), []
         records: List[Record] = []
+        free: Dict[str, int] = {}  # file name of a field -> its next ms to try
         try:
             for row in rows:
-                at = ms
+                field = metadata_file(row.get("field_name", " "), 0)
+                at = free.get(field, ms)
                 while os.path.lexists(f"{meta}/{metadata_file(row.get('field_name', ' '), at)}"):
                     at += 1
+                free[field] = at + 1
                 record = metadata_record(ids, run.flow, row, at)
                 path = f"{meta}/{metadata_file(record['field_name'], at)}"
                 self._write(path, record)

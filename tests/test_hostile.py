@@ -150,7 +150,9 @@ class Grammar:
             good = self.known.get(segment.strip("{}"), "x") if segment[:1] == "{" else segment
             segments.append(chance.choice(self.SEGMENTS) if chance.random() < 0.12 else good)
         path = "/" + "/".join(segments)
-        pairs = [f"{chance.choice(self.KEYS)}={chance.choice(self.VALUES)}" for _ in range(chance.choice((0, 0, 1, 1, 2, 5)))]
+        pairs = [
+            f"{chance.choice(self.KEYS)}={chance.choice(self.VALUES)}" for _ in range(chance.choice((0, 0, 1, 1, 2, 5)))
+        ]
         return method, path + ("?" + "&".join(pairs) if pairs else "")
 
     def request(self) -> bytes:
@@ -212,7 +214,9 @@ def hostile_files(task: Path) -> None:
     """What a checkout may have shipped beside good files: records of any shape."""
     odd = [None, 5, "x", [], {}, [[]], {"a": 1}, True, -1, 1e300, 10**30, "²", "9" * 5000, ["attempt_id:²"], [{}]]
     for number, value in enumerate(odd):
-        record = {key: value for key in ("ts_epoch", "tags", "system_tags", "user_name", "value", "field_name", "run_number")}
+        record = {
+            key: value for key in ("ts_epoch", "tags", "system_tags", "user_name", "value", "field_name", "run_number")
+        }
         for name in (f"sysmeta_odd_{number}", f"sysmeta_attempt_{number}", f"{number}_artifact_odd", "9" * 200 + "_artifact_x",
                      f"sysmeta_attempt_ok_{number}", f"{number}_artifact__task_ok", "sysmeta_x_" + "9" * 200):  # fmt: skip
             (task / "_meta" / f"{name}.json").write_text(json.dumps(record))
@@ -220,13 +224,17 @@ def hostile_files(task: Path) -> None:
             other = level.parent / f"odd{number}" / "_meta"
             other.mkdir(parents=True, exist_ok=True)
             (other / "_self.json").write_text(json.dumps(record))
-            (other / "_mflocal.json").write_text(json.dumps({"last_heartbeat_ts": value, "lost": {str(value): value}, "lease": value}))
+            (other / "_mflocal.json").write_text(
+                json.dumps({"last_heartbeat_ts": value, "lost": {str(value): value}, "lease": value})
+            )
 
 
 def test_grammar_fuzz(served: Served, parts: Any) -> None:
     """MFLOCAL_FUZZ_SECONDS (4) and MFLOCAL_FUZZ_SEED (1) say how long and which."""
     task = served.task()
-    served.client.post(f"{task}/metadata", [{"field_name": "f", "value": "a" * 40}, {"field_name": "attempt", "value": "0"}])
+    served.client.post(
+        f"{task}/metadata", [{"field_name": "f", "value": "a" * 40}, {"field_name": "attempt", "value": "0"}]
+    )
     served.client.post(f"{task}/artifact", [{"name": "x", "sha": "1", "attempt_id": 0}])
     before = census(served)
     grammar = Grammar(FUZZ_SEED, task, routes_of(parts))
@@ -278,7 +286,17 @@ def test_records_of_any_shape(tmp_path: Path, parts: Any) -> None:
 
 # -- WebSocket
 
-RESOURCES = ("/runs", "/flows", "/flows/F/runs", "/flows/../runs", "/flows/%2e%2e/runs", "/%", "", "/runs?", "/flows/F/runs/%00")
+RESOURCES = (
+    "/runs",
+    "/flows",
+    "/flows/F/runs",
+    "/flows/../runs",
+    "/flows/%2e%2e/runs",
+    "/%",
+    "",
+    "/runs?",
+    "/flows/F/runs/%00",
+)
 MESSAGES = (
     '{"type": "SUBSCRIBE", "uuid": "a", "resource": "%s"}', '{"type": "SUBSCRIBE", "uuid": 5, "resource": "%s", "since": 1}',
     '{"type": "SUBSCRIBE", "uuid": "a", "resource": "%s?status:re=(a+)+$&_tags=x"}', '{"type": "UNSUBSCRIBE", "uuid": "a"}',
@@ -314,7 +332,12 @@ def test_websocket_fuzz(served: Served) -> None:
     before = census(served)
     chance = random.Random(FUZZ_SEED)
     end, count, codes = time.monotonic() + FUZZ_SECONDS / 2, 0, set()
-    paths = ("/api/ws", "/api/ws", "/api/search/flows/F/runs/1?key=x&value=y", "/api/flows/F/runs/1/search?key=(&value=%25")
+    paths = (
+        "/api/ws",
+        "/api/ws",
+        "/api/search/flows/F/runs/1?key=x&value=y",
+        "/api/flows/F/runs/1/search?key=(&value=%25",
+    )
     while time.monotonic() < end:
         with served.websocket(chance.choice(paths)) as sock:
             data = b""
@@ -337,7 +360,11 @@ def test_websocket_fuzz(served: Served) -> None:
 
 def test_websocket_ends_at_every_moment(served: Served) -> None:
     before = census(served)
-    whole = frame(TEXT, b'{"type": "SUBSCRIBE", "uuid": "a", "resource": "/runs"}') + frame(PING, b"x") + frame(CLOSE, b"\x03\xe8")
+    whole = (
+        frame(TEXT, b'{"type": "SUBSCRIBE", "uuid": "a", "resource": "/runs"}')
+        + frame(PING, b"x")
+        + frame(CLOSE, b"\x03\xe8")
+    )
     for size in range(0, len(whole), 3):
         with served.websocket() as sock:
             if size % 2:
@@ -361,7 +388,7 @@ def test_json_bombs(served: Served) -> None:
         b'[{"field_name": "a", "value": "v"}', b"// {}", b'[{"field_name": "a", "value": [[1]]}]', b'{"tags": ["a", {"b": 1}]}',
     ]  # fmt: skip
     for bomb in bombs:
-        for path in posts[:1] if b"field_name" in bomb else posts[1:2] if b"name\"" in bomb else posts:
+        for path in posts[:1] if b"field_name" in bomb else posts[1:2] if b'name"' in bomb else posts:
             answer = served.client("POST", path, bomb)
             assert answer.status in (400, 413), (path, bomb[:60], answer)
             assert set(answer.body) == {"id", "status", "title", "detail", "type"} and len(answer.body["detail"]) < 500
@@ -421,7 +448,11 @@ def test_a_catastrophic_pattern_stops_nobody(served: Served, pattern: str) -> No
     served.client.post("/flows/F/run", {**BODY, "user_name": "a" * 40 + "!"})
     found: list[int] = []
     targets = [f"{step}/filtered_tasks?metadata_field_name=f&pattern={quote(pattern)}"] * 3
-    targets += [f"/api/flows/F/runs?user:re={quote(pattern)}", f"/flows/F/runs?user:re={quote(pattern)}", f"/api{run}/tasks?taskId:re={quote(pattern)}"]
+    targets += [
+        f"/api/flows/F/runs?user:re={quote(pattern)}",
+        f"/flows/F/runs?user:re={quote(pattern)}",
+        f"/api{run}/tasks?taskId:re={quote(pattern)}",
+    ]
     threads = [threading.Thread(target=lambda t=t: found.append(served.client("GET", t).status)) for t in targets]
     for thread in threads:
         thread.start()
@@ -433,7 +464,10 @@ def test_a_catastrophic_pattern_stops_nobody(served: Served, pattern: str) -> No
         time.sleep(0.02)
     for thread in threads:
         thread.join()
-    assert set(found) <= {200, 400} and sorted(waits)[len(waits) * 9 // 10] < 0.5 and max(waits) < 2.0, (found, max(waits))
+    assert set(found) <= {200, 400} and sorted(waits)[len(waits) * 9 // 10] < 0.5 and max(waits) < 2.0, (
+        found,
+        max(waits),
+    )
     until(lambda: not served.children, 5)
 
 
@@ -493,9 +527,18 @@ def test_slow_senders_are_sent_away(root: Path) -> None:
                 return answers(rest_of(sock)), time.monotonic() - began
 
         with ThreadPoolExecutor(12) as pool:
-            slow = [pool.submit(dripped, b"", start + b"X-Slow: " + b"x" * 500, 0.1) for start in (head, b"\r\n" + head)]
+            slow = [
+                pool.submit(dripped, b"", start + b"X-Slow: " + b"x" * 500, 0.1) for start in (head, b"\r\n" + head)
+            ]
             patient = pool.submit(dripped, whole, b'{"user_name": "patient" }   ', 0.15)
-            halves = (head, whole + b"{", chunked, chunked + b"5\r\nab", chunked + b"0\r\n", chunked + b"0\r\nX-Trailer: ")
+            halves = (
+                head,
+                whole + b"{",
+                chunked,
+                chunked + b"5\r\nab",
+                chunked + b"0\r\n",
+                chunked + b"0\r\nX-Trailer: ",
+            )
             half = [pool.submit(stopped, sent) for sent in halves]
             silent = [pool.submit(stopped, sent) for sent in (b"", b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n", b"\r\n")]
             for found in (*slow, *half):
@@ -601,10 +644,18 @@ def test_descriptors_run_out(root: Path) -> None:
         task = served.task()
         served.kill()
     log = open(str(root) + ".log", "ab")
-    process = subprocess.Popen([*command, *COMMAND, "serve", "--root", str(root)], cwd=root, env=clean_env(), stderr=log, stdout=log)
+    process = subprocess.Popen(
+        [*command, *COMMAND, "serve", "--root", str(root)], cwd=root, env=clean_env(), stderr=log, stdout=log
+    )
     try:
         state = root / ".metaflow/.mflocal/daemon.json"
-        until(lambda: state.exists() and json.loads(state.read_text())["pid"] == process.pid and json.loads(state.read_text())["state"] == "ready")
+        until(
+            lambda: (
+                state.exists()
+                and json.loads(state.read_text())["pid"] == process.pid
+                and json.loads(state.read_text())["state"] == "ready"
+            )
+        )
         port = json.loads(state.read_text())["port"]
         socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(150)]
         time.sleep(0.3)
@@ -612,7 +663,14 @@ def test_descriptors_run_out(root: Path) -> None:
         for sock in socks:
             sock.settimeout(10)
             try:
-                sock.sendall(b"POST " + task.encode() + b'/metadata HTTP/1.1\r\n' + HOST + b'Content-Length: 33\r\n\r\n[{"field_name": "a", "value": ""}]'[:-1] + b"")
+                sock.sendall(
+                    b"POST "
+                    + task.encode()
+                    + b"/metadata HTTP/1.1\r\n"
+                    + HOST
+                    + b'Content-Length: 33\r\n\r\n[{"field_name": "a", "value": ""}]'[:-1]
+                    + b""
+                )
                 got = sock.recv(65536)
             except OSError:
                 got = b""
@@ -680,7 +738,15 @@ def test_a_stop_finishes_what_has_begun(root: Path) -> None:
         served.client.post(f"{task}/metadata", [{"field_name": "f", "value": "a" * 40 + "!"}])
         slow, half, idle = served.connect(), served.connect(), served.connect()
         step = task.rpartition("/tasks")[0].encode()
-        slow.sendall(b"GET " + step + b"/filtered_tasks?pattern=" + quote("(?=a)(a+)+$").encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n")
+        slow.sendall(
+            b"GET "
+            + step
+            + b"/filtered_tasks?pattern="
+            + quote("(?=a)(a+)+$").encode()
+            + b" HTTP/1.1\r\n"
+            + HOST
+            + b"\r\n"
+        )
         half.sendall(b"POST /flows/Late HTTP/1.1\r\n" + HOST)
         until(lambda: served.children)
         served.process.terminate()
@@ -697,8 +763,14 @@ def test_a_stop_finishes_what_has_begun(root: Path) -> None:
 
 def test_only_loopback_listens(served: Served) -> None:
     """Row 48: one address, 127.0.0.1."""
-    rows = [line.split() for file in ("tcp", "tcp6") for line in Path(f"/proc/{served.pid}/net/{file}").read_text().splitlines()[1:]]
-    assert [row[1] for row in rows if row[3] == "0A" and row[1].endswith(":%04X" % served.port)] == ["0100007F:%04X" % served.port]
+    rows = [
+        line.split()
+        for file in ("tcp", "tcp6")
+        for line in Path(f"/proc/{served.pid}/net/{file}").read_text().splitlines()[1:]
+    ]
+    assert [row[1] for row in rows if row[3] == "0A" and row[1].endswith(":%04X" % served.port)] == [
+        "0100007F:%04X" % served.port
+    ]
 
 
 def test_what_browsers_are_told(root: Path, tmp_path: Path) -> None:
@@ -718,12 +790,27 @@ def test_what_browsers_are_told(root: Path, tmp_path: Path) -> None:
         log.write_text("<script>log</script>")
         served.client.post(f"{task}/metadata", [{"field_name": "ds-type", "value": "local"}, {"field_name": "ds-root", "value": str(served.metaflow)},
                                                 {"field_name": "attempt", "value": "0"}])  # fmt: skip
-        for path in ("/flows", "/nothing", f"/api{task}/cards/abc123", f"/api{task}/logs/out/download?attempt_id=0", "/", "/static/x.js", "/ping"):
+        for path in (
+            "/flows",
+            "/nothing",
+            f"/api{task}/cards/abc123",
+            f"/api{task}/logs/out/download?attempt_id=0",
+            "/",
+            "/static/x.js",
+            "/ping",
+        ):
             answer = served.client("GET", path)
-            assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["cross-origin-resource-policy"] == "same-origin", path
+            assert (
+                answer.headers["x-content-type-options"] == "nosniff"
+                and answer.headers["cross-origin-resource-policy"] == "same-origin"
+            ), path
             assert "access-control-allow-origin" not in answer.headers
         download = served.client("GET", f"/api{task}/logs/out/download?attempt_id=0")
-        assert download.status == 200 and "html" not in download.headers["content-type"] and download.headers["content-disposition"].startswith("Attachment")
+        assert (
+            download.status == 200
+            and "html" not in download.headers["content-type"]
+            and download.headers["content-disposition"].startswith("Attachment")
+        )
         assert served.client("GET", "/").headers["x-frame-options"] == "SAMEORIGIN"
         card = served.client("GET", f"/api{task}/cards/abc123")
         assert card.status == 200 and "x-frame-options" not in card.headers
@@ -818,18 +905,34 @@ def inside(path: str, metaflow_dir: str, flow: str) -> bool:
     return real == metaflow_dir or any(real == place or real.startswith(place + os.sep) for place in own)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(pytest.importorskip("hypothesis").HealthCheck))
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(pytest.importorskip("hypothesis").HealthCheck),
+)
 @example(flow="..", run="..", step="..", task="..", name="..", more="..")
 @example(flow="\ud800", run="\ud800", step="\ud800", task="\ud800", name="\ud800", more="\ud800")
 @given(flow=names, run=names, step=names, task=names, name=names, more=names)
-def test_nothing_outside_is_opened(parts: Any, watch: Watch, flow: str, run: str, step: str, task: str, name: str, more: str) -> None:
+def test_nothing_outside_is_opened(
+    parts: Any, watch: Watch, flow: str, run: str, step: str, task: str, name: str, more: str
+) -> None:
     """Whatever stands in the URL or in the body, for every route there is."""
     store, router = parts
     root, secret = os.path.realpath(store.root), os.path.join(os.path.dirname(store.root), "secret")
     if not os.path.exists(secret):
         os.makedirs(os.path.join(secret, "_meta"))
         Path(secret, "_meta", "_self.json").write_text('{"flow_id": "secret", "ts_epoch": 1}')
-    values = {"flow": flow, "run": run, "step": step, "task": task, "name": name, "hash": more, "file": more, "attempt": more}
+    values = {
+        "flow": flow,
+        "run": run,
+        "step": step,
+        "task": task,
+        "name": name,
+        "hash": more,
+        "file": more,
+        "attempt": more,
+    }
     good = {"flow": "Flow", "run": f"r-{next(SERIAL)}", "step": "start", "task": "t-1", "name": "x"}
     ask(router, "POST", "/flows/Flow", BODY)
     base = f"/flows/Flow/runs/{good['run']}/steps/start"
@@ -898,8 +1001,22 @@ def test_local_mode_reads_back_what_was_written(parts: Any, tmp_path: Path) -> N
 
     @settings(max_examples=80, deadline=None, derandomize=True)
     @example(run=".hidden", step="start", task=".hidden", user="u", tag="t", rows=[("a", "b", "c")])
-    @example(run="~", step="K", task="a:b", user="\ud800", tag="\udfff", rows=[("[a]", "\ud800", "x"), ("*", "1", "y"), (" ", "", "")])
-    @given(run=names, step=words, task=names, user=texts, tag=texts, rows=st.lists(st.tuples(names, texts, texts), max_size=4, unique_by=lambda r: r[0]))
+    @example(
+        run="~",
+        step="K",
+        task="a:b",
+        user="\ud800",
+        tag="\udfff",
+        rows=[("[a]", "\ud800", "x"), ("*", "1", "y"), (" ", "", "")],
+    )
+    @given(
+        run=names,
+        step=words,
+        task=names,
+        user=texts,
+        tag=texts,
+        rows=st.lists(st.tuples(names, texts, texts), max_size=4, unique_by=lambda r: r[0]),
+    )
     def write(run: str, step: str, task: str, user: str, tag: str, rows: list[tuple[str, str, str]]) -> None:
         status, answer = ask(router, "POST", "/flows/Flow/run", {"user_name": user, "tags": [tag], "run_number": run})
         if status != 200:
@@ -917,15 +1034,32 @@ def test_local_mode_reads_back_what_was_written(parts: Any, tmp_path: Path) -> N
             assert status == 200
         task_id, user_name = str(answer["task_id"]), answer["user_name"]
         facts, artifacts = [["attempt-done", "0", "attempt-done"]], []
-        done = {"field_name": "attempt-done", "value": "0", "type": "attempt-done"}  # without it local mode shows no artifact
+        done = {
+            "field_name": "attempt-done",
+            "value": "0",
+            "type": "attempt-done",
+        }  # without it local mode shows no artifact
         assert ask(router, "POST", f"{base}/tasks/{segment(task_id)}/metadata", [done])[0] == 200
         for name, value, kind in rows:
             row = {"field_name": name, "value": value, "type": kind[:20]}
             if ask(router, "POST", f"{base}/tasks/{segment(task_id)}/metadata", [row])[0] == 200:
                 facts.append([name, value, kind[:20]])
-            if ask(router, "POST", f"{base}/tasks/{segment(task_id)}/artifact", [{"name": name, "sha": value, "attempt_id": 0}])[0] == 200:
+            if (
+                ask(
+                    router,
+                    "POST",
+                    f"{base}/tasks/{segment(task_id)}/artifact",
+                    [{"name": name, "sha": value, "attempt_id": 0}],
+                )[0]
+                == 200
+            ):
                 artifacts.append([name, value, 0])
-        mine[f"{step}/{task_id}"] = {"user": user_name, "tags": tags, "metadata": sorted(facts), "artifacts": sorted(artifacts)}
+        mine[f"{step}/{task_id}"] = {
+            "user": user_name,
+            "tags": tags,
+            "metadata": sorted(facts),
+            "artifacts": sorted(artifacts),
+        }
 
     write()
     assert sum(bool(tasks) for tasks in written.values()) > 10
@@ -940,8 +1074,18 @@ def test_local_mode_reads_back_what_was_written(parts: Any, tmp_path: Path) -> N
 
 
 SHIPPED = [("fifo", name) for name in ("lock", "daemon.log", "daemon.json", "tmp", ".")]
-SHIPPED += [("directory", name) for name in ("lock", "daemon.log", "tmp", "x.tmp")] + [("socket", "lock"), ("device", "daemon.log")]
-SHIPPED += [("link", "tmp"), ("link", "x.tmp"), ("dangling", "lock"), ("dangling", "daemon.log"), ("dangling", "daemon.json"), ("dangling", ".")]
+SHIPPED += [("directory", name) for name in ("lock", "daemon.log", "tmp", "x.tmp")] + [
+    ("socket", "lock"),
+    ("device", "daemon.log"),
+]
+SHIPPED += [
+    ("link", "tmp"),
+    ("link", "x.tmp"),
+    ("dangling", "lock"),
+    ("dangling", "daemon.log"),
+    ("dangling", "daemon.json"),
+    ("dangling", "."),
+]
 
 
 @pytest.mark.parametrize("what, name", SHIPPED)
@@ -985,7 +1129,9 @@ def test_a_checkout_that_ships_our_state_gains_nothing(tmp_path: Path, name: str
             told = json.loads((state / "daemon.json").read_text())
             assert mflocal("url", cwd=project).stdout.strip().endswith(":%d" % told["port"])
             for own in ("daemon.json", "lock", "daemon.log"):
-                assert stat.S_ISREG((state / own).lstat().st_mode) and stat.S_IMODE((state / own).lstat().st_mode) == 0o600
+                assert (
+                    stat.S_ISREG((state / own).lstat().st_mode) and stat.S_IMODE((state / own).lstat().st_mode) == 0o600
+                )
             assert mflocal("stop", cwd=project).returncode == 0
     finally:
         mflocal("stop", "--force", cwd=project)
@@ -1050,19 +1196,37 @@ def test_what_a_page_can_send(served: Served) -> None:
             got = send(method, path, *way, *simple, body=body)
             assert answers(got) == [403], (way, path, got[:300])
             assert b"Access-Control-Allow" not in got and b'"flow_id"' not in got
-        upgrade = send(b"GET", b"/api/ws", *way, UPGRADE[:-2].replace(b"Connection: Upgrade", b"Connection: close, Upgrade"))
+        upgrade = send(
+            b"GET", b"/api/ws", *way, UPGRADE[:-2].replace(b"Connection: Upgrade", b"Connection: close, Upgrade")
+        )
         assert b" 403 " in upgrade.split(b"\r\n")[0] or b" 400 " in upgrade.split(b"\r\n")[0], upgrade[:200]
         asked = served.raw(b"GET /api/ws HTTP/1.1\r\n" + HOST + b"\r\n".join(way) + b"\r\n" + UPGRADE + b"\r\n")
         assert asked.startswith(b"HTTP/1.1 403 "), asked[:200]
-    for host in (b"evil.example", b"127.0.0.1.nip.io", b"localhost.evil.example:80", b"[::2]", b"0.0.0.0", b"2130706433", b"[::ffff:7f00:1]"):
+    for host in (
+        b"evil.example",
+        b"127.0.0.1.nip.io",
+        b"localhost.evil.example:80",
+        b"[::2]",
+        b"0.0.0.0",
+        b"2130706433",
+        b"[::ffff:7f00:1]",
+    ):
         for path in (b"/flows", b"/ping", b"/_mflocal/id", b"/api/ws", b"/nothing"):
             got = send(b"GET", path, host=host)
             assert answers(got) == [403] and b'"flow_id"' not in got, (host, path, got[:200])
-        rebound = served.raw(b"GET /api/ws HTTP/1.1\r\nHost: " + host + b"\r\nOrigin: http://" + host + b"\r\n" + UPGRADE + b"\r\n")
+        rebound = served.raw(
+            b"GET /api/ws HTTP/1.1\r\nHost: " + host + b"\r\nOrigin: http://" + host + b"\r\n" + UPGRADE + b"\r\n"
+        )
         assert rebound.startswith(b"HTTP/1.1 403 ")
     preflight = send(b"OPTIONS", b"/flows/F", evil, b"Access-Control-Request-Method: POST")
     assert answers(preflight) == [403] and b"Access-Control-Allow" not in preflight
-    form = send(b"POST", b"/flows/Evil", b"Sec-Fetch-Site: same-site", b"Content-Type: application/x-www-form-urlencoded", body=b"{}")
+    form = send(
+        b"POST",
+        b"/flows/Evil",
+        b"Sec-Fetch-Site: same-site",
+        b"Content-Type: application/x-www-form-urlencoded",
+        body=b"{}",
+    )
     assert answers(form) == [403]
     assert tree(served.root) == before
     friend = send(b"GET", b"/flows", b"Origin: http://localhost:3000")
@@ -1132,9 +1296,14 @@ def test_a_neighbour_reaches_no_state(open_root: Path) -> None:
             def talk() -> list[Any]:
                 paths = ("/flows", "/api/flows", "/_mflocal/status", "/flows/F", "/api/ws")
                 found = [served.client("GET", path).status for path in paths]
-                found += [served.client("GET", "/flows", headers={"x-api-key": key}).status for key in ("", "x", "secret-kez", "secret-key ")]
+                found += [
+                    served.client("GET", "/flows", headers={"x-api-key": key}).status
+                    for key in ("", "x", "secret-kez", "secret-key ")
+                ]
                 found.append(served.client("POST", "/flows/Theirs", {}).status)
-                found.append(served.client("POST", "/_mflocal/stop", {"force": True}, {"x-mflocal-token": "0" * 48}).status)
+                found.append(
+                    served.client("POST", "/_mflocal/stop", {"force": True}, {"x-mflocal-token": "0" * 48}).status
+                )
                 found.append(served.client("GET", "/ping").status)
                 return found
 
@@ -1178,19 +1347,30 @@ def test_what_a_neighbour_plants_is_not_followed(open_root: Path) -> None:
     assert os.listdir(victim) == ["_self.json"] and (victim / "_self.json").read_text() == before
 
 
-@pytest.mark.parametrize("level", ["run", "step", "task", "_meta"])
+@pytest.mark.parametrize("level", ["flow", "run", "step", "task", "_meta"])
 def test_a_directory_replaced_by_a_link_is_not_followed(root: Path, tmp_path: Path, level: str) -> None:
     """It was a directory when it was read; then somebody put a link in its place."""
     outside = tmp_path / "outside"
     with Served(root) as served:
         task = served.task()
         _, _, flow, _, run, _, step, _, number = task.split("/")
-        paths = {"run": (flow, run), "step": (flow, run, step), "task": (flow, run, step, number), "_meta": (flow, run, step, number, "_meta")}
+        paths = {
+            "flow": (flow,),
+            "run": (flow, run),
+            "step": (flow, run, step),
+            "task": (flow, run, step, number),
+            "_meta": (flow, run, step, number, "_meta"),
+        }
         place = served.metaflow.joinpath(*paths[level])
         os.rename(place, outside)
         os.symlink(outside, place)
         before = sorted(str(path) for path in outside.rglob("*") if path.name != "_mflocal.json")
         base = f"/flows/{flow}/runs/{run}/steps"
-        for path, body in ((f"{base}/new/step", {}), (f"{base}/{step}/task", {}), (f"{task}/metadata", [{"field_name": "a"}]), (f"{task}/artifact", [{"name": "a"}])):
+        for path, body in (
+            (f"{base}/new/step", {}),
+            (f"{base}/{step}/task", {}),
+            (f"{task}/metadata", [{"field_name": "a"}]),
+            (f"{task}/artifact", [{"name": "a"}]),
+        ):
             served.client("POST", path, body)
         assert sorted(str(path) for path in outside.rglob("*") if path.name != "_mflocal.json") == before
