@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,17 @@ def clean_env(**extra: str) -> dict[str, str]:
 COMMAND = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r}); import mflocal; mflocal.console()"]
 
 
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0, pause: float = 0.02) -> Any:
+    """The first true value of the condition."""
+    end = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(pause)
+
+
 def mflocal(*args: str, cwd: Path, check: bool = False, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Runs the command line of the checkout to its end; text streams are captured."""
     kwargs.setdefault("env", clean_env())
@@ -131,6 +143,19 @@ def make_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 def service(make_service: Callable[..., Client]) -> Client:
     """One service on an empty root."""
     return make_service()
+
+
+@pytest.fixture
+def ran(
+    tmp_path_factory: pytest.TempPathFactory, make_service: Callable[..., Client], tmp_path: Path
+) -> Iterator[dict[str, Any]]:
+    """A copy of the root where MetaFlow ran in local mode and over HTTP: {"root", "local", "http"}."""
+    from meta_shared import flow_root
+
+    told: dict[str, Any] = flow_root(tmp_path_factory.getbasetemp(), make_service)
+    source = Path(told["root"]) / ".metaflow"
+    shutil.copytree(source, tmp_path / "copy/.metaflow", ignore=shutil.ignore_patterns(".mflocal"))
+    yield {**told, "root": tmp_path / "copy"}
 
 
 @pytest.fixture

@@ -14,22 +14,11 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-from conftest import FLOWS, MODULE, Client, clean_env
+from conftest import FLOWS, MODULE, Client, clean_env, wait_for
 
 PYTHON = sys.executable
 SOON = 1.0  # s in which a death must be known
 SLOW = 60.0  # s for what only a very busy machine needs
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = SLOW) -> Any:
-    """The first true value of the condition."""
-    until = time.monotonic() + seconds
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < until, f"waited {seconds} s in vain"
-        time.sleep(0.02)
 
 
 def daemon_state(root: Path) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import pytest
-from conftest import MODULE, Client, clean_env, mflocal
+from conftest import MODULE, Client, clean_env, mflocal, wait_for
 
 import mflocal as module
 
@@ -36,16 +36,6 @@ def popen(*args: str, cwd: Path, env: dict[str, str] | None = None, **kwargs: An
 def start(root: Path, *options: str, **env: str) -> Client:
     mflocal("start", *options, cwd=root, check=True, env=clean_env(**env))
     return Client("http://127.0.0.1:%d" % state_of(root)["port"], root)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def alive(pid: int) -> bool:

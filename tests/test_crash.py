@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from conftest import REPO, clean_env, mflocal
-from processes import Started, daemon_state, running, wait_for
-from wire import BODY, Served, until
+from conftest import REPO, clean_env, mflocal, wait_for
+from processes import Started, daemon_state, running
+from wire import BODY, Served
 
 KILLS = int(os.environ.get("MFLOCAL_KILLS", "20"))
 SEED = int(os.environ.get("MFLOCAL_KILL_SEED", "1"))
@@ -526,7 +526,7 @@ def test_stopped_for_five_seconds(root: Path) -> None:
         time.sleep(2.5)  # more than the idle timeout: the connection speaks for the run
         assert served.process.poll() is None
         connection.close()
-        until(lambda: served.process.poll() is not None, 15)
+        wait_for(lambda: served.process.poll() is not None, 15)
 
 
 def test_the_port_is_taken_between_two_starts(project: Path) -> None:

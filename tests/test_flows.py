@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from conftest import FLOWS, REPO, Client, clean_env, mflocal
-from processes import PYTHON, Started, client_of, daemon_state, flow_env, flow_file, wait_for
+from conftest import FLOWS, REPO, Client, clean_env, mflocal, wait_for
+from processes import PYTHON, Started, client_of, daemon_state, flow_env, flow_file
 
 
 def flow(project: Path, name: str, *words: str, code: int = 0, cwd: Path | None = None, **kwargs: Any) -> str:

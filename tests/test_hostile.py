@@ -23,12 +23,12 @@ from typing import Any, Callable, Iterator
 from urllib.parse import quote
 
 import pytest
-from conftest import COMMAND, clean_env, mflocal
+from conftest import COMMAND, clean_env, mflocal, wait_for
 from meta_shared import script
 from test_http import VECTORS
 from test_http import mutate as mutate_bytes
 from test_websocket import frame, random_frames
-from wire import BODY, HOST, UPGRADE, Served, answers, rest_of, until
+from wire import BODY, HOST, UPGRADE, Served, answers, rest_of
 
 import mflocal as module
 
@@ -468,7 +468,7 @@ def test_a_catastrophic_pattern_stops_nobody(served: Served, pattern: str) -> No
         found,
         max(waits),
     )
-    until(lambda: not served.children, 5)
+    wait_for(lambda: not served.children, 5)
 
 
 # -- deadlines, caps, slow peers. The constants are real, only their values are smaller.
@@ -587,7 +587,7 @@ def test_readers_who_stop_reading_are_sent_away(root: Path, how: str) -> None:
             socks.append(sock)
         began = time.monotonic()
         try:
-            until(lambda: served.descriptors <= before[0], LATEST * 2)
+            wait_for(lambda: served.descriptors <= before[0], LATEST * 2)
         finally:
             print(f"{served.descriptors - before[0]} left after {time.monotonic() - began:.1f} s")
             for sock in socks:
@@ -632,7 +632,7 @@ def test_the_cap_on_connections(root: Path) -> None:
             sock.sendall(beat)
             assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
             sock.close()
-        until(lambda: served.descriptors <= before[0])
+        wait_for(lambda: served.descriptors <= before[0])
         assert served.client("GET", "/ping").status == 200
         served.settled(*before)
 
@@ -649,7 +649,7 @@ def test_descriptors_run_out(root: Path) -> None:
     )
     try:
         state = root / ".metaflow/.mflocal/daemon.json"
-        until(
+        wait_for(
             lambda: (
                 state.exists()
                 and json.loads(state.read_text())["pid"] == process.pid
@@ -707,7 +707,7 @@ def test_a_deaf_websocket_is_dropped(root: Path, how: str) -> None:
         while heard.count(b'"INSERT"') < 8:
             heard += hears.recv(65536)
         began = time.monotonic()
-        until(lambda: served.descriptors <= before[0] + 1, 12)
+        wait_for(lambda: served.descriptors <= before[0] + 1, 12)
         print(f"gone after {time.monotonic() - began:.1f} s")
         hears.close()
         deaf.close()
@@ -748,12 +748,12 @@ def test_a_stop_finishes_what_has_begun(root: Path) -> None:
             + b"\r\n"
         )
         half.sendall(b"POST /flows/Late HTTP/1.1\r\n" + HOST)
-        until(lambda: served.children)
+        wait_for(lambda: served.children)
         served.process.terminate()
         began = time.monotonic()
         assert rest_of(idle) == b""
         with pytest.raises(OSError):
-            until(lambda: not served.connect(), 5)
+            wait_for(lambda: not served.connect(), 5)
         half.sendall(b"Content-Length: 2\r\n\r\n{}")
         assert answers(rest_of(half)) == [503] and answers(rest_of(slow)) in ([200], [400])
         assert served.process.wait(15) == 0 and "Traceback" not in served.log

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from conftest import Client, clean_env, mflocal
+from conftest import Client, clean_env, mflocal, wait_for
 from processes import (
     PYTHON,
     Plain,
@@ -29,7 +29,6 @@ from processes import (
     running,
     see,
     soon,
-    wait_for,
 )
 
 Start = Callable[..., Started]

@@ -6,18 +6,17 @@ import base64
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.parse
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
 from conftest import REPO, Answer, Client
-from meta_shared import flow_root, script
+from meta_shared import script
 
 SYSTEM = ["metaflow_version:2.19.39", "runtime:dev", "user:tester", "python_version:3.11.7", "date:2026-11-21"]
 BODY = {"user_name": "tester", "tags": ["ta", "tb"], "system_tags": SYSTEM}
@@ -824,19 +823,6 @@ def test_fault_09_reading_runs_does_not_read_their_tasks(tmp_path: Path) -> None
 
 
 # -- Metaflow's own client
-
-
-@pytest.fixture(scope="session")
-def shared_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture
-def ran(shared_base: Path, make_service: Callable[..., Client], tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """A copy of the root where MetaFlow ran in local mode and over HTTP: {"root", "local", "http"}."""
-    told: dict[str, Any] = flow_root(shared_base, make_service)
-    shutil.copytree(Path(told["root"]) / ".metaflow", tmp_path / "copy/.metaflow", ignore=shutil.ignore_patterns(".mflocal"))
-    yield {**told, "root": tmp_path / "copy"}
 
 
 CLIENT = """

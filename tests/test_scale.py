@@ -17,8 +17,6 @@ from typing import Any, Callable, Iterator
 
 import make_tree
 import pytest
-from conftest import Client
-from meta_shared import flow_root
 
 import mflocal
 
@@ -364,11 +362,6 @@ def test_a_heartbeat_does_not_wait_for_the_tasks_of_a_wide_run(tmp_path: Path) -
 # -- the trees are like real ones
 
 
-@pytest.fixture(scope="session")
-def shared_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
 def kinds_of(run: Path) -> dict[str, tuple[Any, ...]]:
     """What there is of each kind of file in a run's `_meta` directories: mode, keys in order, types of the values."""
     found: dict[str, tuple[Any, ...]] = {}
@@ -381,11 +374,8 @@ def kinds_of(run: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def test_made_trees_are_as_local_mode_writes_them(
-    shared_base: Path, make_service: Callable[..., Client], tmp_path: Path
-) -> None:
-    told = flow_root(shared_base, make_service)
-    real = kinds_of(Path(told["root"]) / ".metaflow/MetaFlow" / told["local"])
+def test_made_trees_are_as_local_mode_writes_them(ran: dict[str, Any], tmp_path: Path) -> None:
+    real = kinds_of(Path(ran["root"]) / ".metaflow/MetaFlow" / ran["local"])
     (tmp_path / ".metaflow").mkdir()
     run = make_tree.make_foreach(str(tmp_path / ".metaflow"), 3, full=True)
     made = kinds_of(tmp_path / ".metaflow/WideRun" / run)

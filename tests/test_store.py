@@ -16,11 +16,11 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
 from conftest import REPO, Client
-from meta_shared import flow_root, script
+from meta_shared import script
 
 import mflocal
 
@@ -849,19 +849,6 @@ def test_a_lost_process_stays_lost_over_kill_9(make_service: Callable[..., Clien
 
 
 # -- beside the real LocalMetadataProvider
-
-
-@pytest.fixture(scope="session")
-def shared_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture
-def ran(shared_base: Path, make_service: Callable[..., Client], tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """A copy of the root where MetaFlow ran in local mode and over HTTP: {"root", "local", "http"}."""
-    told: dict[str, Any] = flow_root(shared_base, make_service)
-    shutil.copytree(Path(told["root"]) / ".metaflow", tmp_path / "copy/.metaflow", ignore=shutil.ignore_patterns(".mflocal"))
-    yield {**told, "root": tmp_path / "copy"}
 
 
 DRIVE = """

@@ -70,7 +70,7 @@ class Hub:
         return store.create_run(node, tags)
 
 
-async def until(check: Callable[[], Any], seconds: float = 5.0) -> None:
+async def wait_for(check: Callable[[], Any], seconds: float = 5.0) -> None:
     """Waits until a condition holds."""
     limit = time.monotonic() + seconds
     while not check():
@@ -193,7 +193,7 @@ def test_a_whole_run_in_order(go: Any) -> None:
         ear = hub.client("/runs", "/flows")
         await settle()
         run = hub.make_run()
-        await until(lambda: len(ear.heard) == 2)
+        await wait_for(lambda: len(ear.heard) == 2)
         assert [(m["type"], m["resource"]) for m in ear.heard] == [("INSERT", "/flows"), ("INSERT", "/runs")]
         row = await mflocal.ui_run_row(hub.store, hub.liveness, hub.settings, run)
         told = ear.heard[1]["data"]
@@ -208,7 +208,7 @@ def test_a_whole_run_in_order(go: Any) -> None:
         await hub.store.add_metadata(task, [attempt(0)])
         await settle()
         await hub.store.add_metadata(task, [said(0, True)])
-        await until(lambda: page.heard[-1]["uuid"] == "0")
+        await wait_for(lambda: page.heard[-1]["uuid"] == "0")
         kinds = [(m["type"], m["uuid"], m["data"].get("status"), m["data"].get("field_name")) for m in page.heard]
         assert kinds == [
             ("INSERT", "1", None, None),
@@ -372,7 +372,7 @@ def test_old_heartbeats_are_told(go: Any) -> None:
         hub.liveness.beat(task)
         base = f"/flows/HubFlow/runs/{run.id}"
         ear, home = hub.client(base, base + "/tasks"), hub.client("/runs")
-        await until(lambda: len(ear.heard) == 2 and len(home.heard) == 1, 8)
+        await wait_for(lambda: len(ear.heard) == 2 and len(home.heard) == 1, 8)
         assert {m["data"]["status"] for m in ear.heard + home.heard} == {"failed"}
         assert {m["type"] for m in ear.heard + home.heard} == {"UPDATE"}
         await asyncio.sleep(mflocal.JUDGE_INTERVAL + 0.5)
@@ -403,25 +403,25 @@ def test_what_another_process_writes_is_told(go: Any) -> None:
         home = hub.client("/runs", "/flows")
         await settle()
         run = hub.make_run(hub.other, tags=nobody)
-        await until(lambda: len(home.heard) == 2)
+        await wait_for(lambda: len(home.heard) == 2)
         assert [(m["type"], m["uuid"]) for m in home.heard] == [("INSERT", "1"), ("INSERT", "0")]
         base = f"/flows/HubFlow/runs/{run.id}"
         page = hub.client(base, base + "/steps", base + "/tasks", base + "/metadata?step_name=start")
         await settle()
         step = hub.other.create_step(run, "start", nobody)
         task = hub.other.create_task(step, nobody)
-        await until(lambda: len(page.heard) == 2)
+        await wait_for(lambda: len(page.heard) == 2)
         assert [(m["type"], m["uuid"], m["data"].get("status")) for m in page.heard] == [
             ("INSERT", "1", None),
             ("INSERT", "2", "pending"),
         ]
         await hub.other.add_metadata(task, [attempt(0)])
-        await until(lambda: len(page.heard) == 4)
+        await wait_for(lambda: len(page.heard) == 4)
         assert {(m["type"], m["uuid"]) for m in page.heard[2:]} == {("UPDATE", "2"), ("INSERT", "3")}
         await hub.other.add_metadata(task, [said(0, True)])
         end = hub.other.create_task(hub.other.create_step(run, "end", nobody), nobody)
         await hub.other.add_metadata(end, [attempt(0), said(0, True)])
-        await until(lambda: page.heard[-1]["uuid"] == "0")
+        await wait_for(lambda: page.heard[-1]["uuid"] == "0")
         await asyncio.sleep(2.5)
         assert [m["data"]["status"] for m in page.heard if m["uuid"] == "0"] == ["completed"]
         assert [m["data"]["status"] for m in home.heard if m["uuid"] == "0"] == ["running", "completed"]
@@ -442,7 +442,7 @@ def test_a_run_that_somebody_waits_for(go: Any) -> None:
         await settle()
         run = hub.other.create_run(flow, nobody, "later")
         hub.other.create_task(hub.other.create_step(run, "start", nobody), nobody)
-        await until(lambda: len(ear.heard) == 2)
+        await wait_for(lambda: len(ear.heard) == 2)
         assert sorted((m["type"], m["uuid"]) for m in ear.heard) == [("INSERT", "0"), ("INSERT", "1")]
         assert ear.heard[0]["data"]["run_id"] == "later"
 
@@ -468,7 +468,7 @@ def test_artifacts_are_told_exactly_once(go: Any, own: bool) -> None:
         await settle()
         await store.add_metadata(task, [attempt(0)])
         await store.add_artifacts(task, [artifact("a", sha=sha), artifact("b", 1, sha=sha)])
-        await until(lambda: len(ear.heard) == 4)
+        await wait_for(lambda: len(ear.heard) == 4)
         await store.add_metadata(task, [said(0, True)])
         await asyncio.sleep(2.5)
         told = [(m["type"], m["uuid"], m["data"]["name"], m["data"].get("content")) for m in ear.heard]
@@ -554,7 +554,7 @@ def test_two_hundred_clients(go: Any) -> None:
         for _ in range(20):
             hub.store.create_task(step, TAGS)
         assert time.perf_counter() - began < 1.0
-        await until(lambda: all(len(ear.heard) == 23 for ear in ears))  # its run, for two resources, and 21
+        await wait_for(lambda: all(len(ear.heard) == 23 for ear in ears))  # its run, for two resources, and 21
         assert [m["data"]["task_id"] for m in ears[7].heard if m["uuid"] == "2"] == list(range(1, 21))
 
     go(body)

@@ -8,11 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
-from conftest import REPO, Client, clean_env
+from conftest import REPO, Client, clean_env, wait_for
 
 HOST = b"Host: localhost\r\n"
 BODY = {"user_name": "tester", "tags": ["t"], "system_tags": ["metaflow_version:2.19.39"]}
@@ -45,17 +44,6 @@ mflocal.console()
 """
 
 
-def until(condition: Callable[[], Any], seconds: float = 20.0, pause: float = 0.02) -> Any:
-    """The first true value of the condition."""
-    end = time.monotonic() + seconds
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < end, f"waited {seconds} s in vain"
-        time.sleep(pause)
-
-
 class Served:
     """`mflocal serve` on a root, in a process of its own; use it in a `with`."""
 
@@ -85,7 +73,7 @@ class Served:
             return told if told.get("state") == "ready" and told.get("pid") == self.pid else None
 
         try:
-            self.state = until(ready, 30)
+            self.state = wait_for(ready, 30)
         except AssertionError:
             self.process.kill()
             self.process.wait()
@@ -127,7 +115,7 @@ class Served:
         """Tasks of the event loop."""
         before = self.log.count("tasks=")
         os.kill(self.pid, signal.SIGUSR2)
-        until(lambda: self.log.count("tasks=") > before)
+        wait_for(lambda: self.log.count("tasks=") > before)
         return int(self.log.rpartition("tasks=")[2].split()[0])
 
     @property
@@ -149,7 +137,7 @@ class Served:
 
     def settled(self, descriptors: int, tasks: int) -> None:
         """Waits until no more is open than that, and that nothing was logged that looks like a bug."""
-        until(lambda: self.descriptors <= descriptors and self.tasks <= tasks)
+        wait_for(lambda: self.descriptors <= descriptors and self.tasks <= tasks)
         assert "Traceback" not in self.log and "exception" not in self.log.lower(), self.log[-4000:]
 
     # -- talking to it
