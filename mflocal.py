@@ -3863,6 +3863,7 @@ class PickledName:
 
     @property
     def path(self) -> str:
+        """module.name, or the name alone for builtins."""
         return self.name if self.module == "builtins" else "%s.%s" % (self.module, self.name)
 
 
@@ -4090,6 +4091,7 @@ class _PickleMachine:
         self.deadline = time.monotonic() + seconds
 
     def run(self) -> Any:
+        """The value the pickle describes. Raises UnreadablePickle, _OverLimit."""
         data, table, costly, count, made = self.data, _OPCODES, _COSTLY, 0, 0
         try:
             while True:
@@ -4115,12 +4117,14 @@ class _PickleMachine:
             raise UnreadablePickle("broken pickle: %s" % type(error).__name__) from None
 
     def in_time(self) -> None:
+        """Raises UnreadablePickle once the deadline has passed."""
         if time.monotonic() > self.deadline:
             raise UnreadablePickle("the value takes too long to build")
 
     # Input.
 
     def take(self, size: int) -> bytes:
+        """The next `size` bytes; IndexError when there are fewer."""
         end = self.at + size
         if size < 0 or end > len(self.data):
             raise IndexError
@@ -4129,9 +4133,11 @@ class _PickleMachine:
         return taken
 
     def number(self, size: int, signed: bool = False) -> int:
+        """The next `size` bytes as a little-endian integer."""
         return int.from_bytes(self.take(size), "little", signed=signed)
 
     def line(self) -> bytes:
+        """The bytes up to the next newline, without it."""
         end = self.data.find(b"\n", self.at)
         if end < 0:
             raise IndexError
@@ -4140,24 +4146,29 @@ class _PickleMachine:
         return taken
 
     def text(self, size: int) -> str:
+        """The next `size` bytes as text."""
         return self.take(size).decode("utf-8", "surrogatepass")
 
     # The stack. A mark is the height at which it was set; values below the last mark cannot be popped.
 
     def push(self, value: Any) -> None:
+        """Put a value on the stack."""
         self.stack.append(value)
 
     def pop(self) -> Any:
+        """Take the top value off the stack."""
         if self.marks and len(self.stack) <= self.marks[-1]:
             raise IndexError
         return self.stack.pop()
 
     def top(self) -> Any:
+        """The top value, left where it is."""
         if self.marks and len(self.stack) <= self.marks[-1]:
             raise IndexError
         return self.stack[-1]
 
     def pop_mark(self) -> List[Any]:
+        """Take off all values above the last mark, and the mark."""
         height = self.marks.pop()
         items = self.stack[height:]
         del self.stack[height:]
@@ -4184,6 +4195,7 @@ class _PickleMachine:
         return value
 
     def set_items(self, target: Any, items: Sequence[Any]) -> None:
+        """Key, value, key, value ... into a dict; what a foreign object would get is dropped."""
         if len(items) % 2:
             raise IndexError
         if not isinstance(target, dict):
@@ -4196,6 +4208,7 @@ class _PickleMachine:
                 self.in_time()
 
     def add_items(self, target: Any, items: Sequence[Any]) -> None:
+        """Members into a set; likewise."""
         if isinstance(target, PickledObject):
             return
         if type(target) is not set:
@@ -4206,17 +4219,20 @@ class _PickleMachine:
                 self.in_time()
 
     def append_items(self, target: Any, items: Sequence[Any]) -> None:
+        """Items to the end of a list; likewise."""
         if isinstance(target, list):
             target.extend(items)
         elif not isinstance(target, PickledObject):
             raise TypeError
 
     def integer(self, data: bytes) -> Any:
+        """A binary integer; one too long to print is only named."""
         if len(data) > PICKLE_NUMBER_BYTES:
             return PickledObject(PickledName("builtins", "int"))
         return int.from_bytes(data, "little", signed=True)
 
     def decimal_integer(self, data: bytes) -> Any:
+        """An integer of protocol 0; likewise."""
         if len(data) > 4300:
             return PickledObject(PickledName("builtins", "int"))
         return int(data.decode("ascii"))
@@ -4244,6 +4260,7 @@ class _PickleMachine:
         return PickledObject(of, args)
 
     def make_set(self, name: str, args: Tuple[Any, ...]) -> Any:
+        """set(*args) or frozenset(*args)."""
         made: Set[Any] = set()
         if args:
             if len(args) != 1 or type(args[0]) not in (list, tuple, set, frozenset):
@@ -4252,6 +4269,7 @@ class _PickleMachine:
         return made if name == "set" else frozenset(made)
 
     def build(self, target: Any, state: Any) -> None:
+        """What `__setstate__` would get: kept for foreign objects and Metaflow configs, else dropped."""
         if isinstance(target, PickledObject) and target.of.module != "pickle":
             target.state = state
         elif type(target) is _Config and isinstance(state, dict) and isinstance(state.get("_data"), dict):
@@ -4491,12 +4509,14 @@ class _TextWriter:
         self.open: Set[int] = set()
 
     def put(self, text: str) -> None:
+        """Add text. Raises _OverLimit beyond the limit."""
         self.left -= len(text)
         if self.left < 0:
             raise _OverLimit()
         self.parts.append(text)
 
     def write(self, value: Any) -> None:
+        """Add repr(value)."""
         kind = type(value)
         if kind in (list, tuple, dict, set, frozenset) or isinstance(value, (list, tuple, dict)):
             self.write_container(value)
@@ -4514,6 +4534,7 @@ class _TextWriter:
             self.put(repr(value))
 
     def write_container(self, value: Any) -> None:
+        """Add a container; one inside itself, or nested too deep, as `[...]`."""
         if id(value) in self.open or len(self.open) >= VALUE_DEPTH:
             self.put("{...}" if isinstance(value, dict) else "(...)" if isinstance(value, tuple) else "[...]")
             return
@@ -4543,6 +4564,7 @@ class _TextWriter:
         self.open.discard(id(value))
 
     def write_items(self, items: Iterable[Any], names: Sequence[str] = ()) -> None:
+        """Add items, separated by commas; `names` make them keyword arguments."""
         for index, item in enumerate(items):
             if index:
                 self.put(", ")
@@ -4551,6 +4573,7 @@ class _TextWriter:
             self.write(item)
 
     def write_mapping(self, value: Dict[Any, Any]) -> None:
+        """Add a dict, or one of its kinds from `collections`."""
         kind = type(value)
         if kind is _Ordered:
             if not value:
@@ -4580,6 +4603,7 @@ class _TextWriter:
         return None
 
     def write_object(self, value: PickledObject) -> None:
+        """Add what a foreign object would look like, if that is known, else <its class>."""
         text, code = _known_object(value, self)
         self.put(code or text or "<%s>" % value.of.path)
 
@@ -4650,6 +4674,7 @@ class _JsonMaker:
         self.open: Set[int] = set()
 
     def make(self, value: Any) -> Any:
+        """The value, made of what JSON has. Raises _OverLimit."""
         self.left -= 1
         if self.left < 0:
             raise _OverLimit()
@@ -5266,6 +5291,7 @@ class _LogFile:
         self.clear()
 
     def clear(self) -> None:
+        """Forget the index of the lines."""
         import array
 
         self.starts = array.array("Q")
@@ -5278,6 +5304,7 @@ class _LogFile:
         self.version += 1
 
     def update(self, file: Optional[IO[bytes]]) -> None:
+        """Index what was written since the last time; None = there is no such file."""
         if file is None:
             if self.mark:
                 self.mark = ()
@@ -5373,6 +5400,7 @@ class _TaskLog:
         self.versions: List[int] = []
 
     def update(self, opened: Sequence[Optional[IO[bytes]]]) -> None:
+        """Index what was written to its files, and merge them by time."""
         import array
         import heapq
 
@@ -5391,10 +5419,12 @@ class _TaskLog:
 
     @property
     def total(self) -> int:
+        """Rows, with the one that says that lines were left out."""
         return sum(len(file.starts) for file in self.files) + (1 if self.cut else 0)
 
     @property
     def cut(self) -> bool:
+        """Whether lines were left out."""
         return any(file.full for file in self.files)
 
     def place(self, row: int) -> Tuple[int, int]:
@@ -5438,6 +5468,7 @@ class _OpenLog:
         self.found = any(self.opened)
 
     def close(self) -> None:
+        """Close the files."""
         for handle in self.opened:
             if handle:
                 handle.close()
@@ -6127,6 +6158,7 @@ class RequestParser:
         return len(self._buf)
 
     def feed(self, data: bytes) -> None:
+        """Bytes as they came; next() takes requests from them."""
         if self._state != _AT_DONE:
             self.wants_continue = False
             self._buf += data
@@ -11699,6 +11731,7 @@ class _Args(NamedTuple):
     rest: List[str]
 
     def on(self, name: str) -> bool:
+        """Whether an option was given."""
         return bool(self.values.get(name))
 
 
