@@ -11,9 +11,10 @@ The peer comes from PyPI into an environment of its own below --scratch, mflocal
 both are kept there for the next time. Everything runs on this machine, over loopback. A ratio says how many
 times better mflocal is than the peer: above 1 is better. The floor is the least that any server of this kind
 would need, measured between the others: a bare asyncio echo, plus the bare calls that write the files; for
-commands `python -c pass`. What writes files depends on the file system more than on either service: ext4 without
-a journal (virtual machines) makes files ten times slower for minutes after many were deleted. So let the machine
-rest for five minutes before; `--scratch /dev/shm/bench` takes the disk out of the comparison.
+commands `python -c pass`; for flows a bare wrapper and a server that keeps nothing. What writes files depends on
+the file system more than on either service: ext4 without a journal (virtual machines) makes files ten times
+slower for minutes after many were deleted. So let the machine rest for five minutes before; `--scratch
+/dev/shm/bench` takes the disk out of the comparison.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ BUDGET = 5.0  # s that one measurement of requests may take; what was answered b
 SIDECAR_COUNTER = (  # a line of Python that every interpreter of the environment runs first
     "import os; f = os.environ.get('BENCH_SIDECARS'); "
     "f and b'sidecar_worker' in open('/proc/self/cmdline', 'rb').read() and open(f, 'a').write('%d ' % os.getpid())\n"
+)
+BARE_WRAPPER = (
+    "import os, sys; pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ); "
+    "os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
 )
 FLOW = """
 from metaflow import FlowSpec, step
@@ -228,6 +233,43 @@ def echo_main() -> None:
 
     async def serve() -> None:
         server = await asyncio.start_server(_echo, "127.0.0.1", 0)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+class _Yes(asyncio.Protocol):
+    """Agrees to all that a flow asks of a metadata service, and keeps nothing of it: whole flows at the least."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport, self.data = transport, b""
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        while True:
+            head, end, rest = self.data.partition(b"\r\n\r\n")
+            size = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
+            if not end or len(rest) < int(size or 0):
+                return
+            self.data = rest[int(size or 0) :]
+            path = head.split(b" ", 2)[1]
+            body: dict[str, Any] | list[str] = {"flow_id": "BenchFlow"}
+            if path.endswith((b"/run", b"/task")):
+                number = time.time_ns() // 1000
+                body = {"flow_id": "BenchFlow", "run_number": number, "task_id": number, "tags": [], "system_tags": []}
+            elif path.endswith((b"/metadata", b"/artifact")):
+                body = []
+            text = json.dumps(body).encode()
+            start = b"HTTP/1.1 200 OK\r\nMETADATA_SERVICE_VERSION: 2.5.0\r\nContent-Type: application/json\r\n"
+            self.transport.write(start + b"Content-Length: %d\r\n\r\n" % len(text) + text)  # type: ignore[attr-defined]
+
+
+def yes_main() -> None:
+    """`bench.py --yes`: a server of _Yes; prints its port."""
+
+    async def serve() -> None:
+        server = await asyncio.get_running_loop().create_server(_Yes, "127.0.0.1", 0)
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()
 
@@ -425,7 +467,11 @@ class Row:
         if self.group == "flows":
             local = self.ratio("local")
             ratio, floor = ratio, local
-        wanted = {"x": f"≥ {self.limit:g} ×", "abs": f"≤ {self.limit:g} {self.unit}", "local": f"≤ {self.limit:g} × local"}
+        wanted = {
+            "x": f"≥ {self.limit:g} ×",
+            "abs": f"≤ {self.limit:g} {self.unit}",
+            "local": f"≤ {self.limit:g} × local",
+        }
         reached = self.reached()
         cells = [
             self.what, self.cell("peer"), self.cell("mflocal"), f"{ratio:.3g} ×" if ratio else "",
@@ -581,7 +627,7 @@ class Bench:
             wide = make_tree().make_foreach(_metaflow_dir(root), 1500)
             subject.start(root)
             contexts[subject.name] = Context(subject.port, wide)
-        with self._echo_server() as echo:
+        with self._bare_server("--echo") as echo:
             for case in CASES:
                 for connections in case.connections:
                     name = f"{case.name} @{connections}"
@@ -615,8 +661,9 @@ class Bench:
             row.notes[subject_name] = f", p50 {low:.2f} p99 {high:.2f} ms"
 
     @contextlib.contextmanager
-    def _echo_server(self) -> Iterator[int]:
-        process = subprocess.Popen([sys.executable, __file__, "--echo"], stdout=subprocess.PIPE, text=True)
+    def _bare_server(self, kind: str) -> Iterator[int]:
+        """The port of `bench.py --echo` or `--yes`."""
+        process = subprocess.Popen([self.python, __file__, kind], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         try:
             yield int(process.stdout.readline())
@@ -746,27 +793,46 @@ class Bench:
                 join=JOIN if width else "",
             )  # fmt: skip
             rounds = self.rounds if width < 300 else 2
-            roots = {name: self.folder(f"flow-{name}") for name in ("local", "mflocal", "peer")}
+            least = self.row("flows", "the least for it: a bare wrapper, a server that only says yes", "s", "less")
+            roots = {name: self.folder(f"flow-{name}") for name in ("local", "mflocal", "peer", "floor")}
             for root in roots.values():
                 (root / "flow.py").write_text(code)
             self.ours.start(roots["mflocal"])
             self.peer.start(roots["peer"])
-            for number in range(rounds):
-                names = list(roots) if number % 2 == 0 else list(roots)[::-1]
-                for name in names:
-                    seconds, sidecars = self._flow(name, roots[name], workers)
-                    row.add(name, seconds, f", {sidecars} sidecars")
-                    self.say(f"{what}: {name} {seconds:.2f} s, {sidecars} sidecars")
+            with self._bare_server("--yes") as port:
+                for number in range(rounds):
+                    names = list(roots) if number % 2 == 0 else list(roots)[::-1]
+                    for name in names:
+                        seconds, sidecars = self._flow(name, roots[name], workers, port)
+                        (least if name == "floor" else row).add(name, seconds, f", {sidecars} sidecars")
+                        self.say(f"{what}: {name} {seconds:.2f} s, {sidecars} sidecars")
+            low, local = least.median("floor"), row.median("local")
+            least.notes["floor"] += f", {low / local:.3f} × local" if low and local else ""
             self.ours.stop()
             self.peer.stop()
 
-    def _flow(self, name: str, root: Path, workers: int) -> tuple[float, int]:
+    def _flow(self, name: str, root: Path, workers: int, yes: int) -> tuple[float, int]:
         counter = root / "sidecars"
         counter.write_text("")
-        command = [self.python, "flow.py", "--no-pylint", "run", "--max-workers", str(workers), "--max-num-splits", "999"]
+        command = [
+            self.python,
+            "flow.py",
+            "--no-pylint",
+            "run",
+            "--max-workers",
+            str(workers),
+            "--max-num-splits",
+            "999",
+        ]
         more = {"BENCH_SIDECARS": str(counter)}
         if name == "local":
             seconds = run(command, clean_env(self.work / "home-local", METAFLOW_DEFAULT_METADATA="local", **more), root)
+        elif name == "floor":
+            more.update(METAFLOW_DEFAULT_METADATA="service", METAFLOW_SERVICE_URL=f"http://127.0.0.1:{yes}")
+            more.update(METAFLOW_ENABLED_SIDECAR="", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+            seconds = run(
+                [self.python, "-c", BARE_WRAPPER, *command], clean_env(self.work / "home-floor", **more), root
+            )
         else:
             subject: Subject = self.ours if name == "mflocal" else self.peer
             seconds = run(subject.run_command(root, *command), {**subject.env, **more}, root)
@@ -884,7 +950,13 @@ def _post_task(context: Context, count: int) -> list[bytes]:
 
 def _post_metadata(context: Context, count: int) -> list[bytes]:
     rows = [
-        {"field_name": f"field{n}", "type": f"field{n}", "value": f"value{n}", "tags": ["attempt_id:0"], "user_name": "tester"}
+        {
+            "field_name": f"field{n}",
+            "type": f"field{n}",
+            "value": f"value{n}",
+            "tags": ["attempt_id:0"],
+            "user_name": "tester",
+        }
         for n in range(10)
     ]
     return [request("POST", f"{task}/metadata", rows) for task in context.tasks(count)]
@@ -918,7 +990,10 @@ CASES = (
     Case("POST step", 500, _post_step, {}, files=1, folders=2),
     Case("GET task", 1500, _same("GET", lambda c: c.task), {1: ("x", 2.0), 16: ("x", 4.0)}),
     Case(
-        "GET run of 1,500 tasks", 300, _same("GET", lambda c: f"/flows/WideRun/runs/{c.wide}"), {1: ("x", 20.0)},
+        "GET run of 1,500 tasks",
+        300,
+        _same("GET", lambda c: f"/flows/WideRun/runs/{c.wide}"),
+        {1: ("x", 20.0)},
         connections=(1,),
     ),  # fmt: skip
     Case("POST task", 500, _post_task, {16: ("x", 3.0)}, files=1, folders=2),
@@ -948,7 +1023,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measures mflocal beside metaflow-local-service 0.2.0.")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller trees")
-    parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(GROUPS)}, or requests by a part of their name")
+    parser.add_argument(
+        "--only", metavar="NAME", help=f"one of {', '.join(GROUPS)}, or requests by a part of their name"
+    )
     parser.add_argument("--rounds", type=int, default=0, help="rounds per row (default 5, quick 2)")
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--flows", action="store_true", help="real flows too")
@@ -967,6 +1044,8 @@ if __name__ == "__main__":
         client_main()
     elif sys.argv[1:] == ["--echo"]:
         echo_main()
+    elif sys.argv[1:] == ["--yes"]:
+        yes_main()
     else:
         signal.signal(signal.SIGTERM, _end)
         Bench(parse(sys.argv[1:])).main()
