@@ -1127,15 +1127,16 @@ class Signs:
     """Signs of life of a run or task that outlive the daemon, in a file that local mode ignores.
 
     heartbeat in s; `lost` maps attempts (a run's key is 0) to the ms at which its process was seen to die;
-    `lease` names the `mflocal run` that a run belongs to.
+    `lease` names the `mflocal run` that a run belongs to; `beats`: its client sends heartbeats of its own.
     """
 
-    __slots__ = ("heartbeat", "lost", "lease")
+    __slots__ = ("heartbeat", "lost", "lease", "beats")
 
     def __init__(self) -> None:
         self.heartbeat: Optional[int] = None
         self.lost: Dict[int, int] = {}
         self.lease: Optional[str] = None
+        self.beats = False
 
 
 class FlowNode:
@@ -1599,13 +1600,17 @@ class Store:
                 signs.heartbeat = beat
             if isinstance(saved.get("lease"), str):
                 signs.lease = saved["lease"]
+            signs.beats = saved.get("beats") is True
             if isinstance(lost, dict):
                 signs.lost = {int(k): v for k, v in lost.items() if is_number(k) and isinstance(v, int)}
         return node.signs
 
-    def beat(self, node: RunOrTask, at: int) -> None:
-        """A heartbeat at `at` (s): counts at once, is on disk at the next `flush_signs`."""
+    def beat(self, node: RunOrTask, at: int, own: bool = False) -> None:
+        """A heartbeat at `at` (s), the client's `own` or one of ours; on disk at the next `flush_signs`."""
         signs = self.signs(node)
+        if own and not signs.beats:
+            signs.beats = True
+            self._unsaved.add(node)
         if signs.heartbeat is None or at > signs.heartbeat:
             signs.heartbeat = at
             self._unsaved.add(node)
@@ -1674,6 +1679,8 @@ class Store:
         saved: Record = {"last_heartbeat_ts": signs.heartbeat, "lost": {str(k): v for k, v in signs.lost.items()}}
         if signs.lease is not None:
             saved["lease"] = signs.lease
+        if signs.beats:
+            saved["beats"] = True
         data = dumps(saved)
         try:
             fd = os.open(
@@ -1844,12 +1851,16 @@ class Store:
         pace, flows = Pacer(), self._flows
         mtime = os.stat(self.root).st_mtime_ns if os.path.isdir(self.root) else 0
         if mtime != self._root_sig:
-            names = {name for name in _directories(self.root) if is_flow_name(name)}
+            try:
+                with os.scandir(self.root) as entries:
+                    names = {e.name for e in entries if is_flow_name(e.name) and e.is_dir(follow_symlinks=False)}
+            except OSError:  # for a moment, perhaps: what is known stays, and the next call looks again
+                names, mtime = set(flows), 0
             for name in flows.keys() - names:
                 del flows[name]
             for name in names - flows.keys():
                 flows[name] = FlowNode(self.root, name)
-            self._root_sig = _settled(mtime)
+            self._root_sig = _settled(mtime) if mtime else 0
         found = []
         for node in list(flows.values()):
             new = node.record is None
@@ -1927,6 +1938,11 @@ class Store:
                 return found
             step.listed = found
         return list(step.listed)
+
+    def task_nodes(self, step: StepNode) -> List[TaskNode]:
+        """The tasks that a step has on disk, in no order and their `_self.json` perhaps not read yet."""
+        self._scan(step, lambda name: TaskNode(step, name), is_run_id)
+        return list(step.children.values())
 
     async def run_tasks(self, run: RunNode) -> List[TaskNode]:
         """All tasks of a run, step by step."""
@@ -2252,13 +2268,15 @@ class Liveness:
     has not spoken yet. What is finished never changes.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, cutoff: float = RUN_CUTOFF) -> None:
         self._store = store
+        self._cutoff = cutoff  # s without a heartbeat
         self._open: Dict[_Key, Set[Hashable]] = {}
         self._spoken: Dict[Hashable, Set[_Key]] = {}
         self._nodes: Dict[_Key, RunOrTask] = {}
         self._beaten: Dict[str, RunOrTask] = {}
         self._leases: Dict[str, Set[Hashable]] = {}
+        self._over: Set[str] = set()  # leases whose command has ended, perhaps with a flow left in the background
         self.frozen = False
 
     # -- what is heard
@@ -2283,7 +2301,7 @@ class Liveness:
     def beat(self, node: RunOrTask) -> None:
         """An ordinary heartbeat: a sign of life, and word that this client has others than its connection."""
         self._beaten[node.path] = node
-        self._store.beat(node, int(time.time()))
+        self._store.beat(node, int(time.time()), own=True)
         for attempt in list(self._store.signs(node).lost):
             self._store.mark_lost(node, attempt, None)
 
@@ -2308,6 +2326,8 @@ class Liveness:
                 node = self._nodes.pop(key)
                 if not self.frozen:
                     self._gone(node, key[1])
+                    if isinstance(node, RunNode) and self._store.signs(node).lease in self._over:
+                        self._bury(node)
 
     def forget(self, connection: Hashable) -> None:
         """A connection that we closed ourselves: its end proves nothing, the ordinary cutoff runs from now."""
@@ -2322,25 +2342,37 @@ class Liveness:
 
     def _gone(self, node: RunOrTask, attempt: int, sure: bool = False) -> None:
         self._store.beat(node, int(time.time()))
-        if (node.path in self._beaten and not sure) or self._finished(node, attempt):
+        if (self._store.signs(node).beats and not sure) or self._finished(node, attempt):
             return
         self._store.mark_lost(node, max(attempt, 0), now_ms())
 
     def ended(self, lease: str) -> None:
         """A wrapper says that its command ended by itself: it has waited for its tasks.
 
-        What of its runs is unfinished has died, even where a forked child still holds the connection.
+        What of its runs is unfinished has died, even where a child forked by a task still holds its connection;
+        but not while the runtime's own connection is open: that flow was left in the background.
         """
-        for key, node in list(self._nodes.items()):
+        self._over.add(lease)
+        runs = {run.path: run for run in self._store.lease_runs(lease)}
+        for node in self._nodes.values():
             run = node.run if isinstance(node, TaskNode) else node
             if self._store.signs(run).lease == lease:
+                runs[run.path] = run
+        for run in runs.values():
+            if (run.path, _RUN) not in self._open:
+                self._bury(run)
+
+    def _bury(self, run: RunNode) -> None:
+        for key, node in list(self._nodes.items()):
+            if isinstance(node, TaskNode) and node.run is run:
                 for connection in self._open.pop(key, ()):
                     self._spoken.get(connection, set()).discard(key)
                 del self._nodes[key]
                 self._gone(node, key[1], sure=True)
-        for run in self._store.lease_runs(lease):
-            if 0 not in self._store.signs(run).lost:
-                self._gone(run, _RUN, sure=True)
+        signs = self._store.signs(run)
+        silent = signs.beats and signs.heartbeat is not None and time.time() - signs.heartbeat > self._cutoff
+        if 0 not in signs.lost and not silent:  # a silent one has died long before its wrapper
+            self._gone(run, _RUN, sure=True)
 
     def _finished(self, node: RunOrTask, attempt: int) -> bool:
         if isinstance(node, RunNode):
@@ -2354,7 +2386,7 @@ class Liveness:
         step = self._store.step(run, self._store.end_step(run))
         if step is None:
             return False
-        for task in list(step.children.values()):
+        for task in self._store.task_nodes(step):
             attempts = self._store.facts(task).attempts
             if attempts and attempts[max(attempts)].ok:
                 return True
@@ -2371,7 +2403,7 @@ class Liveness:
             return False
         run = node.run if isinstance(node, TaskNode) else node
         lease = self._store.signs(run).lease
-        if lease is not None and lease in self._leases and node.path not in self._beaten:
+        if lease is not None and lease in self._leases and not self._store.signs(node).beats:
             return True
         return None
 
@@ -2409,7 +2441,7 @@ class Liveness:
                 found[run.path] = (run, "heartbeat")
         for lease in self._leases:
             for run in self._store.lease_runs(lease):
-                if run.path not in found and not self.run_completed(run) and not self._store.signs(run).lost:
+                if run.path not in found and self.alive(run) and not self.run_completed(run):
                     found[run.path] = (run, "lease")
         return list(found.values())
 
@@ -10261,7 +10293,7 @@ class Service:
         self.log = log
         self.store = Store(os.path.realpath(settings.metaflow_dir), os.path.join(settings.state_dir, "tmp"))
         self.store.sweep()
-        self.liveness = Liveness(self.store)
+        self.liveness = Liveness(self.store, settings.run_cutoff)
         self.subscriptions = Subscriptions(self.store, self.liveness, settings, log)
         self.router = Router()
         register_metadata_routes(self.router, MetadataApi(self.store, self.liveness, settings))
@@ -10269,7 +10301,13 @@ class Service:
         self.router.add("GET", f"{API_PREFIX}/ws", lambda request: Takeover(self._ui_socket))
         for pattern in SEARCH_PATTERNS:
             self.router.add("GET", pattern, lambda request: Takeover(self._search_socket))
-        self.bundle: Optional[Bundle] = Bundle(settings.ui_bundle) if settings.ui_bundle else None
+        self.bundle: Optional[Bundle] = None
+        try:
+            self.bundle = Bundle(settings.ui_bundle) if settings.ui_bundle else None
+        except SettingsError as error:
+            if "ui_bundle" in settings.asked:
+                raise
+            log(f"no UI: {error}")  # nobody named it: no reason to serve nothing at all
         self.router.fallback = self._static
         self.connections: Set[Connection] = set()
         self.draining = False
@@ -10648,7 +10686,10 @@ STATE_FILE = "daemon.json"
 LOG_FILE = "daemon.log"
 LOGIN_SECONDS = 300.0  # s that the one-time URL of `mflocal ui` is good for
 LOCK_POLL = 0.02  # s between looks at a lock that somebody else holds
-KEPT_OPTIONS = ("host", "idle_timeout", "allowed_hosts", "allowed_origins", "debug", "run_cutoff", "local_cutoff")
+KEPT_OPTIONS = (
+    "host", "idle_timeout", "allowed_hosts", "allowed_origins", "debug", "run_cutoff", "local_cutoff", "notifications",
+    "links", "plugins",
+)  # fmt: skip
 
 
 class DaemonError(Exception):
@@ -11234,13 +11275,15 @@ def _spawn(root: str, stdin: int, log: int, keep: Tuple[int, ...]) -> int:
     """Start the daemon process by exec: own session, no client settings, no descriptor but its own."""
     if not sys.executable:
         raise DaemonError("this Python does not know its own executable (sys.executable is empty)")
-    here = os.path.abspath(__file__)
-    name = os.path.splitext(os.path.basename(here))[0]
+    here = os.path.realpath(__file__)  # a link to this file may have any name, and no module beside it
+    name, kind = os.path.splitext(os.path.basename(here))
     # Importing by name uses the cached bytecode, which running the file would not. The module's folder goes
     # last: in a site-packages nothing may come before the standard library.
-    code = "import sys; sys.path.append(%r); import %s as m; sys.exit(m.daemon_main())"
+    code = "import sys; sys.path.append(%r); import %s as m; sys.exit(m.daemon_main())" % (os.path.dirname(here), name)
+    if kind not in (".py", ".pyc") or not name.isidentifier():  # a copy that is no module by its name
+        code = "import runpy, sys; m = runpy.run_path(%r, run_name='mflocal'); sys.exit(m['daemon_main']())" % here
     command = [sys.executable, "-s" if "PYTHONHOME" in os.environ else "-I", "-S"]
-    command += ["-X", "utf8=%d" % sys.flags.utf8_mode, "-c", code % (os.path.dirname(here), name)]
+    command += ["-X", "utf8=%d" % sys.flags.utf8_mode, "-c", code]
     command += ["mflocal daemon", root]
     scrubbed = ("METAFLOW_", "PYTHON", "SHIV_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(scrubbed) or k == "PYTHONHOME"}
@@ -11832,6 +11875,16 @@ def bundle_problem(path: str) -> str:
         return "cannot read %s: %s" % (path, error.strerror)
 
 
+def _whole_zip(path: str) -> bool:
+    """Whether a zip has its table, which comes last: a download that broke off has none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 65_557))
+            return b"PK\5\6" in file.read()
+    except OSError:
+        return False
+
+
 def find_bundle() -> Optional[str]:
     """A UI bundle that nobody named: metaflow-ui*.zip beside the .pyz or in ~/.cache/mflocal (the last by
     name), or the one that build.py put into the .pyz (mflocal_ui.zip beside this module)."""
@@ -11848,7 +11901,8 @@ def find_bundle() -> Optional[str]:
         for name in names:
             path = os.path.join(place, name)
             if name.startswith("metaflow-ui") and name.endswith(".zip") and not bundle_problem(path):
-                return path
+                if _whole_zip(path):
+                    return path
     inside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mflocal_ui.zip")
     return inside if os.path.isfile(inside) else None
 
@@ -11860,10 +11914,12 @@ def _with_bundle(settings: Settings) -> Settings:
 # -- the environment of clients --
 
 
-def no_proxy(environ: Mapping[str, str]) -> str:
+def no_proxy(environ: Mapping[str, str], address: str = "") -> str:
     """Both spellings of NO_PROXY in one, and our own address: requests prefers the lower-case one."""
+    if (environ.get("no_proxy") or environ.get("NO_PROXY", "")).strip() == "*":
+        return "*"  # everything, but only where it stands alone
     words: List[str] = []
-    for text in (environ.get("NO_PROXY", ""), environ.get("no_proxy", ""), LOCAL_NAMES):
+    for text in (environ.get("NO_PROXY", ""), environ.get("no_proxy", ""), LOCAL_NAMES, address):
         words += [w.strip() for w in text.split(",") if w.strip() and w.strip() not in words]
     return ",".join(words)
 
@@ -11876,7 +11932,7 @@ def client_environment(settings: Settings, state: State, config: ClientConfig) -
         env["METAFLOW_SERVICE_AUTH_KEY"] = str(key)
     if state.record.get("ui"):
         env["METAFLOW_UI_URL"] = state.url
-    env["NO_PROXY"] = env["no_proxy"] = no_proxy(os.environ)
+    env["NO_PROXY"] = env["no_proxy"] = no_proxy(os.environ, state.address)
     user = login_name(os.environ)
     if user:
         env["METAFLOW_USER"] = user
@@ -12120,9 +12176,12 @@ def _cmd_run(args: _Args) -> int:
         if not args.on("quiet"):
             state = running.state
             line = "%s, root %s, %s, pid %d" % (state.url, state.record["root"], running.how, state.pid)
-            complain(line + _overridden(config, state.url))
+            complain(line + _overridden(config, state.url) + _parted(config, settings))
             _compare(settings, running)
-        return wrapper.run(args.rest, {**os.environ, **env})
+        environ = {**os.environ, **env}
+        if settings.heartbeats == "sidecar" and environ.get("METAFLOW_ENABLED_SIDECAR") == "":
+            del environ["METAFLOW_ENABLED_SIDECAR"]  # from a `mflocal run` around this one
+        return wrapper.run(args.rest, environ)
     finally:
         wrapper.close()
 
@@ -12137,6 +12196,14 @@ def _overridden(config: ClientConfig, url: str) -> str:
     if datastore and datastore != "local":
         text += ", default datastore %s is not local" % datastore
     return text
+
+
+def _parted(config: ClientConfig, settings: Settings) -> str:
+    """Where artifacts go if that is not the root: `eval "$(mflocal env)"` of another root may have said so."""
+    sysroot = config.get("METAFLOW_DATASTORE_SYSROOT_LOCAL")
+    if not isinstance(sysroot, str) or _real_root(os.path.join(os.getcwd(), sysroot)) == settings.root:
+        return ""
+    return ", but METAFLOW_DATASTORE_SYSROOT_LOCAL keeps artifacts in %s" % sysroot
 
 
 def _compare(settings: Settings, running: Running) -> None:
@@ -12172,6 +12239,7 @@ class _Wrapper:
         self._lost_at = 0.0  # monotonic
         self._restarts: List[float] = []
         self._pid = 0
+        self._early = 0  # a signal that came before CMD was there
         self._status: Optional[int] = None
         self._daemons = [running.state.pid] if running.how == "started" else []
         self._wake_r, self._wake_w = os.pipe()
@@ -12215,6 +12283,8 @@ class _Wrapper:
         except OSError as error:
             complain("cannot run %s: %s" % (command[0], error.strerror))
             return 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
+        if self._early:
+            self._forward(self._early, None)
         try:
             while not self._ended():
                 self._wait()
@@ -12224,7 +12294,9 @@ class _Wrapper:
         return _exit_code(self._status or 0)
 
     def _forward(self, number: int, _frame: Any) -> None:
-        if self._pid and self._status is None:
+        if not self._pid:
+            self._early = number  # CMD is about to begin: see run()
+        elif self._status is None:
             try:
                 os.kill(self._pid, number)
             except OSError:
@@ -12372,7 +12444,8 @@ def _as_started(settings: Settings, state: State) -> Settings:
     options = state.options.items()
     values: Dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options if k in KEPT_OPTIONS}
     values.update(auth_key=state.record.get("auth_key"), ui_bundle=state.record.get("ui"), port=state.port)
-    return settings._replace(**values)
+    # The bundle may be gone by now: that must not keep the daemon from coming back.
+    return settings._replace(asked=settings.asked - {"ui_bundle"}, **values)
 
 
 def _exit_code(status: int) -> int:
@@ -12477,7 +12550,8 @@ def _detail(body: Any) -> str:
 
 
 def _none_runs(settings: Settings) -> int:
-    complain("no daemon runs for %s" % settings.root)
+    stuck = [d for d in state_dirs(settings) if lock_is_held(d) and read_state(d)]
+    complain(who_holds(settings) if stuck else "no daemon runs for %s" % settings.root)
     return EXIT_NONE
 
 
@@ -12686,6 +12760,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0 if name else EXIT_USAGE
     command = _COMMANDS.get(name)
     _fill_std()
+    if isinstance(getattr(sys.stdout, "errors", None), str) and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths need not be UTF-8
     try:
         if command is None:
             raise _Usage("unknown command %r; mflocal --help lists them" % name)
@@ -12708,6 +12784,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # The reader of our output left (`mflocal logs | head`). Nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
+    except OSError as error:  # the disk under our output is full, the daemon went while it was asked
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        complain("%s: %s" % (name, error))
+        return EXIT_DAEMON
 
 
 def console() -> NoReturn:

@@ -537,6 +537,34 @@ def changed(root: Path, instance: str) -> dict[str, Any] | None:
     return state if state and state["instance"] != instance else None
 
 
+def test_a_broken_bundle_that_nobody_named_keeps_nothing_from_working(project: Path) -> None:
+    cache = project / "cache" / "mflocal"
+    cache.mkdir(parents=True)
+    (cache / "metaflow-ui-1.zip").write_bytes(b"PK\3\4 broken off")
+    env = clean_env(XDG_CACHE_HOME=str(cache.parent), HOME=str(project))
+    (project / ".cache").symlink_to(cache.parent)
+    assert mflocal("run", "true", cwd=project, env=env).returncode == 0
+    (cache / "metaflow-ui-2.zip").write_bytes(b"PK\3\4 broken PK\5\6 inside")
+    mflocal("stop", cwd=project, check=True)
+    assert mflocal("run", "sleep", "1", cwd=project, env=env).returncode == 0
+
+
+def test_a_daemon_comes_back_without_its_bundle(project: Path) -> None:
+    bundle = project / "bundle"
+    bundle.mkdir()
+    (bundle / "index.html").write_text("<html></html>")
+    mflocal("start", "--bundle", str(bundle), cwd=project, check=True)
+    wrapper = popen("run", "-q", "sleep", "4", cwd=project, stderr=subprocess.PIPE)
+    first = state_of(project)
+    wait_for(lambda: mflocal("status", cwd=project).returncode == 0)
+    time.sleep(0.5)
+    bundle.rename(project / "away")
+    os.kill(first["pid"], signal.SIGKILL)
+    wait_for(lambda: changed(project, first["instance"]))
+    _, err = wrapper.communicate(timeout=20)
+    assert wrapper.returncode == 0 and "started it again" in err
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("state", ["starting", "ready"])
 def test_a_daemon_killed_while_it_starts_takes_nothing_with_it(project: Path, state: str) -> None:
@@ -1003,3 +1031,101 @@ def test_a_version_managers_python_is_asked(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "ext/metaflow_extensions/org/plugins").mkdir(parents=True)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "ext"))
     assert module.has_extensions(["python", "flow.py"]) is True
+
+
+# -- what surrounds us
+
+
+@pytest.mark.parametrize(
+    ("environ", "address", "expected"),
+    [
+        ({}, "", "127.0.0.1,localhost"),
+        ({"NO_PROXY": "*"}, "", "*"),
+        ({"NO_PROXY": "a", "no_proxy": "*"}, "", "*"),
+        ({"NO_PROXY": "*", "no_proxy": "a"}, "", "*,a,127.0.0.1,localhost"),
+        ({"no_proxy": "a, b"}, "192.0.2.1", "a,b,127.0.0.1,localhost,192.0.2.1"),
+        ({"no_proxy": "a"}, "127.0.0.1", "a,127.0.0.1,localhost"),
+    ],
+)
+def test_no_proxy(environ: dict[str, str], address: str, expected: str) -> None:
+    assert module.no_proxy(environ, address) == expected
+
+
+def test_artifacts_elsewhere_are_named(project: Path) -> None:
+    for name in ("a", "b"):
+        (project / name).mkdir()
+    env = clean_env(METAFLOW_DATASTORE_SYSROOT_LOCAL=str(project / "a"))
+    done = mflocal("run", "--root", "b", "true", cwd=project, env=env)
+    assert done.returncode == 0 and f"keeps artifacts in {project / 'a'}" in done.stderr
+    done = mflocal("run", "--root", "a", "true", cwd=project, env=env)
+    assert "keeps artifacts" not in done.stderr
+    for name in ("a", "b"):
+        mflocal("stop", "--root", name, cwd=project)
+
+
+def test_a_signal_before_the_command_is_there_reaches_it(project: Path) -> None:
+    code = (
+        "import os, sys; sys.path.insert(0, %r); import mflocal; spawn = os.posix_spawnp\n"
+        "def late(*a, **k): os.kill(os.getpid(), 15); return spawn(*a, **k)\n"
+        "os.posix_spawnp = late; sys.exit(mflocal.main(['run', 'sleep', '20']))"
+    )
+    began = time.monotonic()
+    done = subprocess.run([PYTHON, "-c", code % str(MODULE.parent)], cwd=project, env=clean_env(), timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 10
+
+
+def test_restart_keeps_the_files_of_the_ui(project: Path) -> None:
+    notice = {"message": "hello", "created": 1}
+    (project / "n.json").write_text(json.dumps([notice]))
+    client = start(project, METAFLOW_LOCAL_SERVICE_NOTIFICATIONS=str(project / "n.json"))
+    assert [row["message"] for row in client.get("/api/notifications")] == ["hello"]
+    mflocal("restart", cwd=project, check=True)
+    assert [row["message"] for row in client.get("/api/notifications")] == ["hello"]
+
+
+@pytest.mark.parametrize("name", ["link", "mf-local.py", "copy"])
+def test_the_module_under_another_name(project: Path, name: str) -> None:
+    path = project / name
+    path.symlink_to(MODULE) if name == "link" else shutil.copy(MODULE, path)
+    done = subprocess.run([PYTHON, str(path), "run", "true"], cwd=project, env=clean_env(), timeout=60)
+    assert done.returncode == 0
+    subprocess.run([PYTHON, str(path), "start"], cwd=project, env=clean_env(), check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_stuck_daemon_is_not_called_absent(project: Path) -> None:
+    start(project)
+    pid = state_of(project)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        done = mflocal("url", cwd=project)
+        assert done.returncode == 1 and "does not answer" in done.stderr
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_output_that_cannot_be_written_is_one_line(project: Path) -> None:
+    start(project)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [PYTHON, str(MODULE), "status"],
+            cwd=project,
+            env=clean_env(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode != 0 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    odd = project / os.fsdecode(b"n\xff")
+    odd.mkdir()
+    done = mflocal(
+        "start", "--root", ".", cwd=odd, env=clean_env(PYTHONIOENCODING="utf-8:strict"), errors="surrogateescape"
+    )
+    assert done.returncode == 0 and str(odd) in done.stdout, done.stderr
+    mflocal("stop", "--root", ".", cwd=odd)
+
+
+def test_sidecars_asked_for_inside_another_run(project: Path) -> None:
+    words = [PYTHON, str(MODULE), "run", "-q"]
+    show = ["sh", "-c", 'echo "[${METAFLOW_ENABLED_SIDECAR-unset}]"']
+    assert mflocal("run", *words[:-1], *show, cwd=project).stdout == "[]\n"
+    assert mflocal("run", *words, "--heartbeats", "sidecar", *show, cwd=project).stdout == "[unset]\n"

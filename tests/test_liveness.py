@@ -396,6 +396,7 @@ def test_killed_command_with_living_orphans(project: Path, start: Start) -> None
 # -- several at once
 
 
+@needs_pool
 def test_two_flows_under_one_daemon(project: Path, start: Start) -> None:
     """One dies, the other is not touched by it."""
     first, second = start("live_sleep.py", "run"), start("live_many.py", "run", "--width", "1")
@@ -414,6 +415,109 @@ def test_two_flows_under_one_daemon(project: Path, start: Start) -> None:
         second.say()
         assert second.wait() == 0
     assert not watch.ever("failed") and see(client, other).run == "completed"
+
+
+@needs_pool
+def test_a_flow_left_in_the_background(project: Path, start: Start) -> None:
+    """Its command ends before it (`mflocal run bash`, `flow &`, `exit`): it lives on, and its daemon with it."""
+    flow_file(project, "live_sleep.py")
+    code = (
+        "import os, subprocess, sys; subprocess.Popen([sys.executable, 'live_sleep.py', 'run']);"
+        "p = os.path.join(os.environ['NOTES'], 'start-0')\nwhile not os.path.exists(p): pass"
+    )
+    run = Started(project, PYTHON, "-c", code, options=("--idle-timeout", "2"))
+    try:
+        _, runtime, pathspec = run.note("start-0")
+        assert run.wait() == 0
+        client = client_of(project)
+        with Watch(client, "LiveSleep") as watch:
+            time.sleep(4)
+            seen = see(client, pathspec)
+            assert (seen.run, seen.task()) == ("running", "running") and not watch.ever("failed")
+        run.say()
+        soon(client, pathspec, lambda s: s.run == "completed", time.monotonic(), 20)
+    finally:
+        run.end()
+
+
+@needs_pool
+def test_a_flow_left_in_the_background_that_dies(project: Path, start: Start) -> None:
+    """Runtime and task killed after their command has ended: seen at once, as ever."""
+    flow_file(project, "live_sleep.py")
+    code = (
+        "import os, subprocess, sys; subprocess.Popen([sys.executable, 'live_sleep.py', 'run']);"
+        "p = os.path.join(os.environ['NOTES'], 'start-0')\nwhile not os.path.exists(p): pass"
+    )
+    run = Started(project, PYTHON, "-c", code)
+    try:
+        pid, runtime, pathspec = run.note("start-0")
+        assert run.wait() == 0
+        client = client_of(project)
+        kill(pid, signal.SIGSTOP)  # it holds its connection
+        killed = kill(runtime)
+        soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), killed)
+        kill(pid)
+    finally:
+        run.end()
+
+
+def test_what_a_living_wrapper_has_finished_is_not_active(project: Path) -> None:
+    """Also after the daemon came back, which remembers nothing: `stop` needs no --force."""
+    flow_file(project, "e2e_linear.py")
+    run = Started(project, "sh", "-c", f"{PYTHON} e2e_linear.py run && touch $NOTES/done && sleep 60")
+    try:
+        wait_for(lambda: (run.notes / "done").exists())
+        mflocal("restart", cwd=project, check=True)
+        time.sleep(1)  # the wrapper takes its lease again
+        told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
+        assert told["active_runs"] == []
+        mflocal("stop", cwd=project, check=True)
+    finally:
+        run.end()
+
+
+@pytest.mark.parametrize("how", ["restart", "end"])
+def test_a_wrapper_does_not_vouch_for_runs_with_heartbeats(project: Path, how: str) -> None:
+    """They failed when these stayed away; neither a restart of the daemon nor the end of the wrapper changes it."""
+    code = """
+import http.client, json, os, sys, time
+def call(path, body={}):
+    headers = {"Content-Type": "application/json", **json.loads(os.environ["METAFLOW_SERVICE_HEADERS"])}
+    connection.request("POST", path, json.dumps(body), headers)
+    return json.loads(connection.getresponse().read())
+connection = http.client.HTTPConnection("127.0.0.1", int(os.environ["METAFLOW_SERVICE_URL"].rpartition(":")[2]))
+call("/flows/F")
+run = "/flows/F/runs/%s" % call("/flows/F/run")["run_number"]
+call(run + "/steps/start/step")
+task = run + "/steps/start/tasks/%s" % call(run + "/steps/start/task")["task_id"]
+tags = ["attempt_id:0"]
+call(task + "/metadata", [{"field_name": "attempt", "value": "0", "type": "attempt", "tags": tags}])
+call(run + "/heartbeat")
+call(task + "/heartbeat")
+call(task + "/metadata", [{"field_name": "attempt_ok", "value": "False", "type": "x", "tags": tags}])
+connection.close()
+open(os.environ["NOTES"] + "/done", "w").close()
+while not os.path.exists(os.environ["NOTES"] + "/go"): time.sleep(0.05)
+"""
+    run = Started(
+        project, PYTHON, "-c", code, options=("--heartbeats", "sidecar"), METAFLOW_LOCAL_SERVICE_RUN_CUTOFF="1"
+    )
+    try:
+        wait_for(lambda: (run.notes / "done").exists())
+        client = client_of(project)
+        row = wait_for(lambda: [r for r in client.get("/api/flows/F/runs")["data"] if r["status"] == "failed"])[0]
+        time.sleep(2)
+        if how == "restart":
+            mflocal("restart", cwd=project, check=True)
+            time.sleep(1.5)
+        else:
+            (run.notes / "go").touch()
+            assert run.wait() == 0
+        after = client_of(project).get("/api/flows/F/runs")["data"][0]
+        assert (after["status"], after["finished_at"]) == ("failed", row["finished_at"])
+        assert json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)["active_runs"] == []
+    finally:
+        run.end()
 
 
 def test_resume_of_a_killed_run(project: Path, start: Start) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -1035,3 +1036,29 @@ print(json.dumps(sorted(got)))
     after = service.get(f"/flows/DiffFlow/runs/{again['run']}")
     assert sorted(after["tags"]) == ["größe", "ours", "sticky", "theirs"]
     assert sorted(after["system_tags"]) == sorted(before["system_tags"])
+
+
+def test_a_moment_without_descriptors_loses_no_flow(store: mflocal.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EMFILE for one look at `.metaflow`: what was known stays, and the next look is a whole one."""
+    store.create_flow("F", {})
+    os.utime(store.root, ns=(1, 1))  # so that its time is not of this moment
+
+    def names() -> list[str]:
+        return [flow.name for flow in asyncio.run(store.flows())]
+
+    assert names() == ["F"]
+    os.mkdir(f"{store.root}/G")
+    os.makedirs(f"{store.root}/G/_meta")
+    Path(store.root, "G/_meta/_self.json").write_text('{"flow_id": "G", "ts_epoch": 1}')
+    os.utime(store.root, ns=(2, 2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+    loop = asyncio.new_event_loop()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        found = [flow.name for flow in loop.run_until_complete(store.flows())]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        loop.close()
+    assert found == ["F"] and highest > 2
+    assert sorted(names()) == ["F", "G"]
