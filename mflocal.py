@@ -185,6 +185,7 @@ PICKLE_STEPS = 600_000  # instructions of one pickle: with the next one, 70 MB f
 PICKLE_OBJECTS = 300_000  # of them that make a container or a memo entry (an empty set takes 216 bytes)
 # 4,300 decimal digits, CPython's own limit: a longer one takes quadratic time to print.
 PICKLE_NUMBER_BYTES = 1785
+PICKLE_COPIED = 64 * MIB  # about what constructors may copy: a call is one instruction, its argument may be large
 PICKLE_KEY_DEPTH = 32  # of tuples in a dict key: hashing recurses in C without a check
 PICKLE_KEY_PARTS = 200_000  # parts of all keys together: shared parts are hashed again each time
 VALUE_DEPTH = 100  # of what is written as text or JSON; deeper is shown as ...
@@ -196,6 +197,7 @@ LOG_LINE_BYTES = 1024 * 1024  # of one line in a page; the rest is in the downlo
 LOG_PAGE_BYTES = 16 * 1024 * 1024  # of all lines in a page; a page has up to 10,000 lines
 LOG_PAGE_ROWS = 100_000  # of one page, also for `_limit=0`, which means all
 LOG_INDEX_LINES = 4_000_000  # of one log; 16 bytes of memory each, about 500 MB of log
+LOG_INDEX_BYTES = 1024 * MIB  # of one log: an archive can bring a sparse file of any length
 LOG_CACHE_LINES = 4_000_000  # of all logs kept in memory: 64 MB, reached only by logs of 500 MB
 LOG_CACHE_ENTRIES = 32  # logs kept in memory
 CARD_BYTES = 64 * 1024 * 1024  # of one card's HTML or data; the HTML of an empty one is 1.1 MB
@@ -4120,6 +4122,7 @@ class _PickleMachine:
         self.marks: List[int] = []
         self.memo: Dict[int, Any] = {}
         self.key_parts = PICKLE_KEY_PARTS
+        self.copied = 0
         self.deadline = time.monotonic() + seconds
 
     def run(self) -> Any:
@@ -4279,6 +4282,11 @@ class _PickleMachine:
             raise UnreadablePickle("the pickle calls something that is no function")
         if type(args) is not tuple:
             args = ()
+        for arg in args:
+            if isinstance(arg, (str, bytes, list, tuple, dict, set, frozenset)):
+                self.copied += len(arg) * (1 if isinstance(arg, (str, bytes)) else 64)
+        if self.copied > PICKLE_COPIED:
+            raise _OverLimit()
         if of.module == "builtins" and of.name in ("set", "frozenset"):
             return self.make_set(of.name, args)
         maker = _MAKERS.get((of.module, of.name))
@@ -4657,7 +4665,9 @@ def _known_object(value: PickledObject, writer: Optional[_TextWriter] = None) ->
         trace = state.get("stacktrace")
         text = trace if isinstance(trace, str) else ""
         if not text:
-            text = "[no stacktrace]\n%s: %s" % (state.get("type"), state.get("exception"))
+            parts = [state.get(name) for name in ("type", "exception")]  # both are text, unless somebody is hostile
+            parts = [part if part is None or isinstance(part, str) else "..." for part in parts]
+            text = "[no stacktrace]\n%s: %s" % (parts[0], parts[1])
         return text, text
     if of.module == "metaflow.client.core" and of.name in _METAFLOW_OBJECTS:
         data = state.get("data")
@@ -4822,6 +4832,8 @@ def _gunzip(file: IO[bytes], limit: int) -> bytes:
     """Unpacks at most `limit` bytes; the sizes that gzip itself claims are not believed."""
     import gzip
 
+    if os.fstat(file.fileno()).st_size > limit + limit // 1000 + 1024:  # more than `limit` bytes, or padding
+        raise _OverLimit()
     try:
         data = gzip.GzipFile(fileobj=file).read(limit + 1)
     except (OSError, EOFError, zlib.error):
@@ -4912,7 +4924,11 @@ def read_artifact(
         return _art_failed(value, NOT_FOUND_ID, "%s: its data is not in the datastore" % _artifact_path(record))
     value.size = len(data)
     encoding = info.get("encoding") or record.get("content_type")
-    return _decode_artifact(value, record, data, encoding, limit, [os.path.join(metaflow_dir, "data"), *data_roots])
+    encoding = encoding if isinstance(encoding, str) else None
+    own = os.path.join(metaflow_dir, "data")
+    if _is_below(os.path.realpath(own), os.path.realpath(metaflow_dir)):
+        data_roots = [own, *data_roots]
+    return _decode_artifact(value, record, data, encoding, limit, data_roots)
 
 
 def _artifact_info(metaflow_dir: str, record: Mapping[str, Any]) -> Dict[str, Any]:
@@ -5013,13 +5029,14 @@ def _read_included(
 
 def _text_coding(name: Any) -> str:
     try:
-        return (
-            codecs.lookup(name).name
-            if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,20}", name)
-            else "utf-8"
-        )
-    except LookupError:
-        return "utf-8"
+        if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,20}", name):
+            coding = codecs.lookup(name).name
+            if coding not in ("idna", "punycode"):  # quadratic
+                b"a".decode(coding, "replace")  # what is no text encoding says so
+                return coding
+    except (LookupError, ValueError):
+        pass
+    return "utf-8"
 
 
 def artifact_content(
@@ -5383,6 +5400,9 @@ class _LogFile:
         while not self.full:
             block = file.read(_LOG_BLOCK)
             if not block:
+                break
+            if position >= LOG_INDEX_BYTES:
+                self.full = True
                 break
             at = 0
             while True:
@@ -5761,6 +5781,11 @@ def card_html(metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Seq
     return found[1] if found and found[1] else None
 
 
+def _card_number(text: str) -> Optional[float]:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
 def card_data(
     metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Sequence[str] = ()
 ) -> Optional[Dict[str, Any]]:
@@ -5774,7 +5799,8 @@ def card_data(
     card, raw = found
     data: Any = None
     try:
-        data = json.loads(raw, parse_constant=lambda name: None)  # NaN and Infinity are no JSON for a browser
+        # NaN, Infinity and 1e999 are no JSON for a browser
+        data = json.loads(raw, parse_constant=lambda name: None, parse_float=_card_number)
     except (ValueError, RecursionError):
         pass
     return {"data": data if isinstance(data, dict) else None, "id": card.id, "type": card.type}
@@ -9405,15 +9431,17 @@ class UiApi:
         if run is None:
             return ui_one(request, {}, 404)
         records = await parameter_records(self.store, run)
-        steps, pace = [], Pacer()
-        if not any(record["name"] == "_graph_info" for record in records):
+        steps, pace, graph = [], Pacer(), None
+        if any(record["name"] == "_graph_info" for record in records):
+            graph = await in_thread(run_dag, self.settings.metaflow_dir, records)
+        if graph is None:
             for step in self.store.steps(run):
                 tasks = await self.store.tasks(step)
                 if tasks:
                     records = records + await self.store.artifacts(tasks[-1])
                     steps.append((step.name, foreach_depth(stack=self.store.facts(tasks[-1]).foreach_stack)))
                 await pace()
-        graph = await in_thread(run_dag, self.settings.metaflow_dir, records, steps)
+            graph = await in_thread(run_dag, self.settings.metaflow_dir, records, steps)
         return ui_one(request, {}, 404) if graph is None else ui_one(request, graph)
 
     # -- steps
@@ -12549,9 +12577,15 @@ def _detail(body: Any) -> str:
 # -- stop, restart, status, url, logs, serve --
 
 
+def _refuse_silent(settings: Settings) -> None:
+    """Raises DaemonError for a daemon that lives, since it holds the lock, and does not answer."""
+    if any(lock_is_held(directory) and read_state(directory) for directory in state_dirs(settings)):
+        raise DaemonError(who_holds(settings))
+
+
 def _none_runs(settings: Settings) -> int:
-    stuck = [d for d in state_dirs(settings) if lock_is_held(d) and read_state(d)]
-    complain(who_holds(settings) if stuck else "no daemon runs for %s" % settings.root)
+    _refuse_silent(settings)
+    complain("no daemon runs for %s" % settings.root)
     return EXIT_NONE
 
 
@@ -12632,6 +12666,7 @@ def _cmd_status(args: _Args) -> int:
     found = find_daemon(settings)
     if not found:
         if args.on("json"):
+            _refuse_silent(settings)
             sys.stdout.write(json.dumps({"running": False, "root": settings.root}) + "\n")
             return EXIT_NONE
         return _none_runs(settings)
