@@ -110,6 +110,7 @@ MAX_HEADERS = 100  # number of header lines (431); browsers send about 20
 MAX_BODY = 16 * MIB  # 413 before buffering; 5,000 artifacts registered at once are about 3 MiB
 MAX_CHUNK_LINE = 256  # one chunk-size line with its extensions
 MAX_CHUNKS = 65536  # 16 MiB in chunks of 256 bytes; stops floods of one-byte chunks
+MAX_ROWS = 100_000  # metadata or artifact rows in one body; 16 MiB of `{}` would be five million
 MAX_INT_DIGITS = 4300  # CPython's own limit since 3.11; the same on 3.9 and 3.10
 MAX_PATTERN = 512  # characters of a regular expression sent by a client (ReDoS)
 HEADER_TIMEOUT = 10.0  # s for a whole header block, from its first byte (slowloris)
@@ -125,7 +126,9 @@ BACKLOG = 512  # connections queue here while the daemon still imports (the kern
 WS_MAX_MESSAGE = 64 * KIB  # one message, its fragments together (1009)
 WS_MAX_FRAGMENTS = 64  # fragments of one message (1009)
 WS_MAX_SUBSCRIPTIONS = 256  # per connection; the UI holds about 10
-WS_MAX_QUEUE = 4 * MIB  # bytes not yet taken by a slow client before it is dropped
+WS_MAX_QUEUE = 32 * MIB  # bytes not yet taken by a slow client before it is dropped: a replay of 10,000 tasks is 8 MiB
+WS_SMALL_QUEUE = 4 * MIB  # the same once all clients together have WS_ALL_QUEUES waiting
+WS_ALL_QUEUES = 64 * MIB
 WS_PING_INTERVAL = 20.0  # s between pings of ours
 WS_PING_TIMEOUT = 10.0  # s of silence after a ping before the connection counts as dead
 
@@ -166,6 +169,7 @@ FALLBACK_ATTEMPTS = 3  # attempts that @catch adds to those of @retry (its NUM_F
 # Queries.
 MAX_FILTER_VALUES = 1000  # values of one filter: a URL of 8 KiB holds no more useful ones
 MAX_LIKE = 1000  # characters of a value with wildcards
+MAX_PATTERNS = 8  # regular expressions in one request or subscription; the UI sends one
 MAX_PATTERN_NODES = 400  # states of a client's regular expression, after x{m,n} is written out
 MAX_PATTERN_TEXT = 100_000  # characters of a text that a regular expression looks at
 MAX_PATTERN_WORK = 200_000  # states visited for one text (about 0.1 s); met only by hostile patterns
@@ -521,7 +525,7 @@ def find_root(flag: Optional[str], environ: Mapping[str, str], cwd: Optional[str
         if text:
             root = os.path.join(cwd, os.path.expanduser(text))
             _check_root(name, root)
-            return _real_root(root), True
+            return real_root(root), True
     name = "METAFLOW_DATASTORE_SYSROOT_LOCAL"
     sysroot = ClientConfig(environ, cwd).get(name)
     if sysroot is not None:
@@ -529,9 +533,9 @@ def find_root(flag: Optional[str], environ: Mapping[str, str], cwd: Optional[str
             raise SettingsError("%s in Metaflow's configuration must be a path" % name)
         root = os.path.join(cwd, sysroot)  # no expanduser: Metaflow does not expand it either
         _check_root(name, root)
-        return _real_root(root), False
+        return real_root(root), False
     found = nearest_metaflow_dir(cwd)
-    return _real_root(os.path.dirname(found) if found else cwd), False
+    return real_root(os.path.dirname(found) if found else cwd), False
 
 
 def _check_root(name: str, root: str) -> None:
@@ -543,7 +547,7 @@ def _check_root(name: str, root: str) -> None:
         raise SettingsError("%s is not a directory: %s" % (name, root))
 
 
-def _real_root(root: str) -> str:
+def real_root(root: str) -> str:
     """The one name of a root. A .metaflow that is a link to another project's .metaflow is that project's."""
     real = os.path.realpath(os.path.join(root, METAFLOW_DIR))
     if os.path.basename(real) == METAFLOW_DIR:
@@ -921,6 +925,8 @@ def _list_body(value: Any) -> List[Record]:
         return []  # as recorded: an empty object stores nothing
     if not isinstance(value, list):
         raise Problem(400, f"the body must be a JSON list of objects, not {json_kind(value)}")
+    if len(value) > MAX_ROWS:
+        raise Problem(413, f"the body has more than {MAX_ROWS} rows")
     for place, row in enumerate(value):
         if not isinstance(row, dict):
             raise Problem(400, f"row {place} must be a JSON object, not {json_kind(row)}")
@@ -1714,6 +1720,8 @@ class Store:
             if record is None:
                 return False
             _repair(record)
+            if isinstance(node, TaskNode):  # there may be a million: what the tree or the run says as well is not kept
+                record = {key: record.get(key) for key in ("step_name", "user_name", "ts_epoch")}
             self._share_tags(record)
             node.record, node.sig = record, sig
             if changed and isinstance(node, RunNode):
@@ -2231,7 +2239,8 @@ def _take_fact(facts: TaskFacts, name: str, record: Record) -> None:
     if artifact is not None:
         if artifact[1] == "_task_ok":
             attempt = facts.attempt(artifact[0])
-            attempt.task_ok_at, attempt.task_ok_record = at, record
+            kept = ("name", "sha", "location", "ds_type", "content_type", "type", "run_number", "step_name", "task_id")
+            attempt.task_ok_at, attempt.task_ok_record = at, {key: record.get(key) for key in kept}
         return
     parts = split_metadata_file(name)
     field, value = parts[0] if parts else "", record.get("value")
@@ -2941,7 +2950,11 @@ def like_matcher(pattern: str, *, ignore_case: bool = True) -> Callable[[str], b
     finders = [_finder(piece) for piece in pieces]
     sizes = [len(piece) for piece in pieces]
 
+    jokers = any("" in piece for piece in pieces)
+
     def matches_like(text: str) -> bool:
+        if jokers:  # a piece with _ is tried at every place: length of the text times that of the pattern
+            text = text[:MAX_PATTERN_TEXT]
         if ignore_case:
             text = text.lower()
         end = len(text)
@@ -3022,6 +3035,7 @@ class _Automaton:
         self._nodes: List[Tuple[Any, ...]] = [("accept",)]
         self._has_places = False
         self._search = search
+        self._tests: Dict[Tuple[str, str, int], Callable[[str], bool]] = {}  # x{399} is one test, not 399
         self._begin = self._sequence(tree, int(tree.state.flags), 0)
         self._yes, self._no = _PatternState(), _PatternState()
         self._work = 0
@@ -3045,7 +3059,10 @@ class _Automaton:
 
     def _item(self, name: str, op: Any, value: Any, flags: int, after: int) -> int:
         if name in _LEAVES:
-            return self._node("char", _char_test(op, value, flags), after)
+            key = (name, repr(value), flags)
+            if key not in self._tests:
+                self._tests[key] = _char_test(op, value, flags)
+            return self._node("char", self._tests[key], after)
         if name == "AT":
             self._has_places = True
             return self._node("at", _place_test(value.name, flags), after)
@@ -3254,6 +3271,7 @@ def parse_filters(args: Args, columns: Mapping[str, str], *, strict: bool = Fals
     """
     found: List[Predicate] = []
     used: Set[str] = set()
+    patterns = 0
     for key, value in args:
         field, _, op = key.partition(":")
         if field.startswith("_"):
@@ -3269,6 +3287,10 @@ def parse_filters(args: Args, columns: Mapping[str, str], *, strict: bool = Fals
             if strict:
                 raise _bad_filter("unsupported operator '%s' for field '%s'" % (op, field))
             continue
+        if op == "re":
+            patterns += value.count(",") + 1
+            if patterns > MAX_PATTERNS:
+                raise _bad_filter("a request may have at most %d patterns" % MAX_PATTERNS)
         found.append(_predicate(field, op, value, kind, strict))
         used.add(field)
     return Filters(found, used)
@@ -3409,7 +3431,7 @@ def _list_tests(op: str, values: List[str], text: str) -> List[Callable[[Any], b
         try:
             whole = loads(text.encode())
             wanted = sorted(map(str, whole))
-        except (Problem, TypeError):
+        except (Problem, TypeError, ValueError):
             raise _bad_filter("not a JSON list: '%s'" % text) from None
         return [lambda tags: (sorted(map(str, tags)) == wanted) == (op == "eq")]
     if op == "is" and values:
@@ -3747,8 +3769,8 @@ def _decode_cursor(cursor: str, key_fields: Sequence[str]) -> Dict[str, Any]:
         values = {field: record[field] for field in key_fields}
     except (Problem, ValueError, KeyError, TypeError):
         raise Problem(400, "Invalid cursor", id="invalid-cursor") from None
-    kinds = {type(value) for value in values.values()}
-    if type(values[key_fields[0]]) is not int or not kinds <= {int, str}:
+    kinds = {type(values[field]) for field in key_fields[1:]}
+    if type(values[key_fields[0]]) not in (int, type(None)) or not kinds <= {int, str}:
         raise Problem(400, "Invalid cursor", id="invalid-cursor")
     return values
 
@@ -7595,7 +7617,8 @@ class MetadataApi:
             raise Problem(422, f"Cannot remove tags that are existing system tags {locked}")
         gone = set(remove)
         kept = [tag for tag in dict.fromkeys(tags) if tag not in gone]
-        kept += [tag for tag in dict.fromkeys(add) if tag not in system and tag not in kept]
+        held = system.union(kept)
+        kept += [tag for tag in dict.fromkeys(add) if tag not in held]
         if set(kept) != set(tags):
             self.store.replace_tags(run, kept)
         return json_response({"tags": kept})
@@ -7834,7 +7857,29 @@ async def search_texts(pattern: str, groups: List[List[str]]) -> List[bool]:
     """
     if is_harmless_pattern(pattern):
         search = compile_pattern(pattern, search=True)
-        return [any(search(text) for text in texts) for texts in groups]
+        pace, found = Pacer(), []
+        for texts in groups:
+            hit = False
+            for text in texts:
+                hit = search(text)
+                await pace()
+                if hit:
+                    break
+            found.append(hit)
+        return found
+    async with _searchers():
+        return await _search_outside(pattern, groups)
+
+
+@functools.lru_cache(maxsize=1)
+def _searchers() -> Any:
+    import asyncio
+
+    return asyncio.Semaphore(READER_THREADS)
+
+
+async def _search_outside(pattern: str, groups: List[List[str]]) -> List[bool]:
+    """`search_texts` in a process of its own; at most READER_THREADS at a time."""
     import asyncio
 
     child = await asyncio.create_subprocess_exec(
@@ -7853,10 +7898,10 @@ async def search_texts(pattern: str, groups: List[List[str]]) -> List[bool]:
         child.kill()
         await child.wait()
         raise Problem(400, f"the pattern {pattern!r:.100} takes too long to search for") from None
-    found = loads(out) if child.returncode == 0 else None
-    if not isinstance(found, list):
+    answer = loads(out) if child.returncode == 0 else None
+    if not isinstance(answer, list):
         raise Problem(400, f"the pattern {pattern!r:.100} cannot be searched for")
-    return found
+    return answer
 
 
 # -- routes
@@ -8954,8 +8999,12 @@ class Subscriptions:
             if run is not None:
                 await self._replay_run(subscription, run, begin, found)
         found.sort(key=lambda item: item[0])
+        pace = Pacer()
         for _, kind, row in found:
             self._send([subscription], kind, row)
+            if not subscription.active:
+                return
+            await pace()
 
     async def _replay_runs(self, target: _Target, begin: int, found: List[Tuple[int, str, Record]]) -> None:
         pace = Pacer()
@@ -9038,8 +9087,9 @@ class Subscriptions:
             await sleep(WATCH_INTERVAL)
             if self._primed:
                 await self._guard(self._look_at_all())
-            self._find_absent()
             wanted = {(key[1], key[2]) for key in self._index}
+            self._absent = {pair for pair in self._absent if pair in wanted}
+            self._find_absent()
             for run, look in list(self._looks.items()):
                 if (run.flow, run.id) in wanted:
                     await self._guard(self._look_at(run, look))
@@ -9720,7 +9770,12 @@ class UiApi:
     async def _complete(self, request: Request, column: str, values: Sequence[str]) -> Response:
         """A page of the values that pass the filters on `column`: bare strings in the envelope."""
         query = parse_list_query(request.args(), {column: "str"})
-        found = filter_rows([{column: value} for value in values], query.filters)
+        pace, found = Pacer(), []
+        for value in values:
+            row = {column: value}
+            if matches(row, query.filters):
+                found.append(row)
+            await pace()
         picked, more = arrange(found, query._replace(order=(), groups=[]))
         parts = await _encoded([row[column] for row in picked])
         return await ui_list(request, parts, page=query.page, has_more=more)
@@ -9941,6 +9996,14 @@ def _search_slice(
     return matches_found
 
 
+@functools.lru_cache(maxsize=1)
+def _search_pool() -> ThreadPoolExecutor:
+    """One thread for all searches: they take long, and logs, cards and parameters must not wait for them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(1, thread_name_prefix="search")
+
+
 class _Search:
     """One search over its WebSocket: messages of progress, then one result."""
 
@@ -9965,6 +10028,8 @@ class _Search:
 
     async def artifacts(self, key: str, value: Optional[str]) -> Optional[List[Record]]:
         """Matches among the newest attempts' artifacts called `key`; None when the client has gone."""
+        import asyncio
+
         tasks = await self.store.run_tasks(self.run) if self.run else []
         found: List[Record] = []
         known: Dict[str, Any] = {}
@@ -9973,7 +10038,7 @@ class _Search:
             records = await self.store.artifacts(task)
             waiting += [r for r in records if r["name"] == key and r["attempt_id"] == records[0]["attempt_id"]]
             if len(waiting) >= SEARCH_SLICE or place == len(tasks):
-                found += await in_thread(
+                call = functools.partial(
                     _search_slice,
                     self.settings.metaflow_dir,
                     waiting,
@@ -9981,10 +10046,17 @@ class _Search:
                     data_roots(self.settings),
                     known,
                 )
+                found += await asyncio.get_running_loop().run_in_executor(_search_pool(), call)
                 waiting = []
             if not self.progress(place, len(tasks)):
                 return None
         return found
+
+    async def matches(self, scopes: Sequence[str], key: str, value: Optional[str]) -> Optional[List[Record]]:
+        """All matches in the scopes; None when the client has gone."""
+        found = await self.foreach(key, value) if "FOREACH_VARIABLE" in scopes else []
+        artifacts = await self.artifacts(key, value) if "ARTIFACT" in scopes else []
+        return None if artifacts is None else found + artifacts
 
     async def foreach(self, key: str, value: Optional[str]) -> List[Record]:
         """Matches among the foreach variables of tasks."""
@@ -10012,16 +10084,30 @@ async def search_socket(store: Store, liveness: Liveness, settings: Settings, so
         search.say(type="error", message=detail, id="invalid-search", traceback=None, key=key)
         socket.close(1000 if key else 1011, detail)
         return
-    found: List[Record] = []
-    if "FOREACH_VARIABLE" in scopes:
-        found += await search.foreach(key, value)
-    if "ARTIFACT" in scopes:
-        artifacts = await search.artifacts(key, value)
-        if artifacts is None:
-            return
-        found += artifacts
-    search.say(type="result", matches=_each_task_once(found))
-    socket.close(1000)
+    import asyncio
+
+    ear = asyncio.ensure_future(_until_closed(socket))  # pings are answered, and pongs heard, by reading
+    work = asyncio.ensure_future(search.matches(scopes, key, value))
+    try:
+        await asyncio.wait((ear, work), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            found = work.result()
+            if found is not None:
+                search.say(type="result", matches=_each_task_once(found))
+                socket.close(1000)
+    finally:
+        ear.cancel()
+        work.cancel()
+        await asyncio.wait((ear, work))
+
+
+async def _until_closed(socket: UiSocket) -> None:
+    """Reads, and drops, what the client of a search sends."""
+    try:
+        while await socket.receive() is not None:
+            pass
+    except OSError:
+        pass
 
 
 def _each_task_once(found: Iterable[Record]) -> List[Record]:
@@ -10167,9 +10253,11 @@ class Connection:
 class WebSocket:
     """An open WebSocket as sections 12 and 13 use it."""
 
-    def __init__(self, connection: Connection, request: Request) -> None:
+    def __init__(self, connection: Connection, request: Request, waiting: Callable[[], int]) -> None:
+        """`waiting` tells how many bytes wait for slow clients on all connections together."""
         self.request = request
         self._connection = connection
+        self._waiting_in_all = waiting
         self._protocol = WebSocketProtocol()
         self._waiting: List[str] = []
         self._next_ping = time.monotonic() + WS_PING_INTERVAL
@@ -10206,7 +10294,8 @@ class WebSocket:
         if writer.transport.is_closing():
             return False
         writer.write(self._protocol.send_text(text))
-        if writer.transport.get_write_buffer_size() > WS_MAX_QUEUE:
+        size = writer.transport.get_write_buffer_size()
+        if size > WS_MAX_QUEUE or (size > WS_SMALL_QUEUE and self._waiting_in_all() > WS_ALL_QUEUES):
             self._connection.abort()
             return False
         return True
@@ -10661,9 +10750,13 @@ class Service:
 
     # -- WebSockets
 
+    def bytes_waiting(self) -> int:
+        """Bytes written to connections that their clients have not taken yet."""
+        return sum(connection.writer.transport.get_write_buffer_size() for connection in self.connections)
+
     async def _take_over(self, connection: Connection, request: Request, takeover: Takeover, extra: Headers) -> None:
         headers = websocket_handshake(request)
-        connection.socket = websocket = WebSocket(connection, request)
+        connection.socket = websocket = WebSocket(connection, request, self.bytes_waiting)
         connection.writer.write(switching_protocols(headers + list(extra)))
         rest = connection.parser.rest()
         try:
@@ -12229,7 +12322,7 @@ def _overridden(config: ClientConfig, url: str) -> str:
 def _parted(config: ClientConfig, settings: Settings) -> str:
     """Where artifacts go if that is not the root: `eval "$(mflocal env)"` of another root may have said so."""
     sysroot = config.get("METAFLOW_DATASTORE_SYSROOT_LOCAL")
-    if not isinstance(sysroot, str) or _real_root(os.path.join(os.getcwd(), sysroot)) == settings.root:
+    if not isinstance(sysroot, str) or real_root(os.path.join(os.getcwd(), sysroot)) == settings.root:
         return ""
     return ", but METAFLOW_DATASTORE_SYSROOT_LOCAL keeps artifacts in %s" % sysroot
 

@@ -1097,8 +1097,9 @@ def test_a_stuck_daemon_is_not_called_absent(project: Path) -> None:
     pid = state_of(project)["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
-        done = mflocal("url", cwd=project)
-        assert done.returncode == 1 and "does not answer" in done.stderr
+        for command in ("url", "status"):
+            done = mflocal(command, cwd=project)
+            assert done.returncode == 3 and "does not answer" in done.stderr, done
     finally:
         os.kill(pid, signal.SIGCONT)
 
