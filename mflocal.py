@@ -220,6 +220,7 @@ PREFLIGHT_MAX_AGE = 600  # s that a browser may remember a preflight; the most t
 
 # The metadata API.
 PATTERN_TIMEOUT = 2.0  # s for a pattern of filtered_tasks that might explode, in a process of its own
+MAX_CARD_ROOTS = 16  # places outside the root where its flows have put their cards
 LEASE_HEADER = "x-mflocal-lease"  # set by `mflocal run` through METAFLOW_SERVICE_HEADERS
 
 # Subscriptions.
@@ -9305,6 +9306,7 @@ class UiApi:
         self.store = store
         self.liveness = liveness
         self.settings = settings
+        self.more_card_roots: List[str] = []  # where the flows of living and former wrappers put theirs
         self._listed: Dict[RunNode, Tuple[float, List[Row]]] = {}
         self._walks: Dict[RunNode, bool] = {}  # runs whose tasks are being listed -> whether they changed meanwhile
         store.listeners.append(self._changed)
@@ -9704,6 +9706,14 @@ class UiApi:
 
     # -- cards
 
+    def _card_roots(self) -> List[str]:
+        """Where cards are besides .metaflow/mf.cards.
+
+        With METAFLOW_CARD_LOCALROOT set, Metaflow 2.19 writes them into the datastore itself.
+        """
+        named = os.environ.get("METAFLOW_CARD_LOCALROOT")
+        return [self.settings.metaflow_dir, *([named] if named else []), *self.more_card_roots]
+
     def _card_task(self, request: Request) -> Optional[Tuple[str, str, str, str]]:
         task = self._task(request)
         return (task.run.flow, task.run.id, task.step.name, task.id) if task else None
@@ -9713,7 +9723,7 @@ class UiApi:
         task = self._card_task(request)
         if task is None:
             return json_response({"data": []}, 404)
-        cards = await in_thread(list_cards, self.settings.metaflow_dir, task, _card_roots(self.settings))
+        cards = await in_thread(list_cards, self.settings.metaflow_dir, task, self._card_roots())
         page, limit = parse_page(request.args(), default_limit=MAX_PAGE_LIMIT)
         limit = limit or max(len(cards), 1)
         last = max(-(-len(cards) // limit), 1)
@@ -9723,11 +9733,7 @@ class UiApi:
     async def get_card(self, request: Request) -> Response:
         """GET .../cards/{hash}: the card's HTML."""
         task, name = self._card_task(request), request.params["hash"]
-        html = (
-            await in_thread(card_html, self.settings.metaflow_dir, task, name, _card_roots(self.settings))
-            if task
-            else None
-        )
+        html = await in_thread(card_html, self.settings.metaflow_dir, task, name, self._card_roots()) if task else None
         if html is None:
             text = (
                 "There is no such card yet. It may still be in the making: try again."
@@ -9742,11 +9748,7 @@ class UiApi:
     async def get_card_data(self, request: Request) -> Response:
         """GET .../cards/{hash}/data: what a card that changes while its task runs shows now."""
         task, name = self._card_task(request), request.params["hash"]
-        data = (
-            await in_thread(card_data, self.settings.metaflow_dir, task, name, _card_roots(self.settings))
-            if task
-            else None
-        )
+        data = await in_thread(card_data, self.settings.metaflow_dir, task, name, self._card_roots()) if task else None
         if data is None:
             return json_response({"error": "there is no data for this card yet"}, 404)
         return json_response(data)
@@ -9892,15 +9894,6 @@ async def _pieces(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
         close = getattr(pieces, "close", None)
         if close is not None:
             close()
-
-
-def _card_roots(settings: Settings) -> List[str]:
-    """Where cards are besides .metaflow/mf.cards.
-
-    With METAFLOW_CARD_LOCALROOT set, Metaflow 2.19 writes them into the datastore itself.
-    """
-    named = os.environ.get("METAFLOW_CARD_LOCALROOT")
-    return [settings.metaflow_dir, *([named] if named else [])]
 
 
 def read_json_list(path: Optional[str]) -> List[Record]:
@@ -10123,7 +10116,7 @@ def _each_task_once(found: Iterable[Record]) -> List[Record]:
 # -- routes
 
 
-def register_ui_routes(router: Router, store: Store, liveness: Liveness, settings: Settings) -> None:
+def register_ui_routes(router: Router, store: Store, liveness: Liveness, settings: Settings) -> UiApi:
     """Adds every route of the UI backend but the WebSockets (section 14) and /metadata (section 11)."""
     api = UiApi(store, liveness, settings)
     run, step = "/flows/{flow}/runs/{run}", "/flows/{flow}/runs/{run}/steps/{step}"
@@ -10174,6 +10167,7 @@ def register_ui_routes(router: Router, store: Store, liveness: Liveness, setting
     ]
     for pattern, handler in routes:
         router.add("GET", API_PREFIX + pattern, handler)
+    return api
 
 
 # ---- 14. Server: connections, deadlines, access, draining ----
@@ -10414,7 +10408,7 @@ class Service:
         self.subscriptions = Subscriptions(self.store, self.liveness, settings, log)
         self.router = Router()
         register_metadata_routes(self.router, MetadataApi(self.store, self.liveness, settings))
-        register_ui_routes(self.router, self.store, self.liveness, settings)
+        self.ui = register_ui_routes(self.router, self.store, self.liveness, settings)
         self.router.add("GET", f"{API_PREFIX}/ws", lambda request: Takeover(self._ui_socket))
         for pattern in SEARCH_PATTERNS:
             self.router.add("GET", pattern, lambda request: Takeover(self._search_socket))
@@ -10805,6 +10799,7 @@ def _connection_limit() -> int:
 LOCK_FILE = "lock"
 STATE_FILE = "daemon.json"
 LOG_FILE = "daemon.log"
+CARDS_FILE = "cards.json"  # directories outside the root in which wrappers' flows have put their cards
 LOGIN_SECONDS = 300.0  # s that the one-time URL of `mflocal ui` is good for
 LOCK_POLL = 0.02  # s between looks at a lock that somebody else holds
 KEPT_OPTIONS = (
@@ -11139,6 +11134,16 @@ def _stale(state: State) -> bool:
 def _elsewhere(state: State) -> bool:
     """True if it may be another machine's or container's. No proof: laptops change their names."""
     return _stale(state) or state.record.get("hostname") != host_name()
+
+
+def read_card_roots(directory: str) -> List[str]:
+    """What cards.json in a state directory names; [] when there is none of ours."""
+    try:
+        with open(_open_private(os.path.join(directory, CARDS_FILE), os.O_RDONLY), "rb") as file:
+            found = json.loads(file.read(MAX_STATE_FILE))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [place for place in found if isinstance(place, str)] if isinstance(found, list) else []
 
 
 # -- talking to a daemon --
@@ -11632,6 +11637,7 @@ class Host:
         identity = {**{name: record[name] for name in names}, "url": self._state.url}
         try:
             self.service = Service(self._settings, identity, self._log)
+            self.service.ui.more_card_roots += read_card_roots(self._state.directory)
             asyncio.run(self._serve(sock))
         except Exception as error:
             import traceback
@@ -11780,6 +11786,17 @@ class Host:
         asyncio.get_running_loop().call_later(0.01, self.begin_stop, "asked by `mflocal stop`")
         return json_response({"stopping": True, "active_runs": runs})
 
+    def _learn_cards(self, place: Any) -> None:
+        """Where a wrapper's flows put their cards: remembered across restarts, for runs that are looked at later."""
+        known = self.service.ui.more_card_roots
+        if isinstance(place, str) and os.path.isabs(place) and place not in known:
+            known.append(place)
+            del known[:-MAX_CARD_ROOTS]
+            try:
+                _write_private(os.path.join(self._state.directory, CARDS_FILE), json.dumps(known).encode())
+            except OSError as error:
+                self._log("cannot write %s: %s" % (CARDS_FILE, error))
+
     def _lease(self, request: Request) -> Response:
         """A wrapper lives as long as this connection; with "ended" its command has ended by itself."""
         body = self._body(request)
@@ -11790,6 +11807,7 @@ class Host:
             self.service.end_lease(lease)
         else:
             self.service.hold_lease(request.connection, lease)
+            self._learn_cards(body.get("cards"))
         return json_response({"instance": self._state.instance, "ui": bool(self._state.record.get("ui"))})
 
     def _ui(self, request: Request) -> Response:
@@ -12068,6 +12086,21 @@ def client_environment(settings: Settings, state: State, config: ClientConfig) -
     return env
 
 
+def cards_elsewhere(settings: Settings, config: ClientConfig, env: Mapping[str, str]) -> Optional[str]:
+    """Where CMD's cards go if not below our root: they follow the current directory, not the datastore.
+
+    Source: CardDatastore.get_storage_root in metaflow/plugins/cards/card_datastore.py.
+    """
+    place = config.get("METAFLOW_CARD_LOCALROOT")
+    if "METAFLOW_CARD_LOCALROOT" in env:
+        return None
+    if not isinstance(place, str):
+        nearest = nearest_metaflow_dir(os.getcwd()) or os.path.join(os.getcwd(), METAFLOW_DIR)
+        place = os.path.join(nearest, "mf.cards")
+    place = os.path.abspath(place)
+    return None if place == os.path.join(settings.metaflow_dir, "mf.cards") else place
+
+
 def login_name(environ: Mapping[str, str]) -> Optional[str]:
     """A user name for Metaflow where the environment has none that it takes (metaflow/util.py, get_username).
 
@@ -12292,7 +12325,7 @@ def _cmd_run(args: _Args) -> int:
     env["METAFLOW_SERVICE_HEADERS"] = headers
     if sidecars_off(settings, config, args.rest):
         env["METAFLOW_ENABLED_SIDECAR"] = ""
-    wrapper = _Wrapper(settings, running, lease)
+    wrapper = _Wrapper(settings, running, lease, cards_elsewhere(settings, config, env))
     try:
         if not args.on("quiet"):
             state = running.state
@@ -12350,10 +12383,11 @@ class _Ended(Exception):
 class _Wrapper:
     """CMD, its lease, and its daemon: waits for all three at once, without polling."""
 
-    def __init__(self, settings: Settings, running: Running, lease: str) -> None:
+    def __init__(self, settings: Settings, running: Running, lease: str, cards: Optional[str] = None) -> None:
         self._settings = settings
         self._running = running
         self._lease = lease
+        self._cards = cards
         self._link: Optional[Link] = running.link
         self._ready_fd = running.ready_fd
         self._retry_at: Optional[float] = None  # monotonic: when to look for our daemon again
@@ -12470,7 +12504,7 @@ class _Wrapper:
         try:
             if not self._link:
                 self._link = Link(self._running.state)
-            self._link.send("POST", "/_mflocal/lease", {"lease": self._lease})
+            self._link.send("POST", "/_mflocal/lease", {"lease": self._lease, "cards": self._cards})
         except OSError:
             if self._ready_fd < 0:
                 self._lost()

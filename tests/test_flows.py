@@ -342,3 +342,28 @@ def test_many_runs_at_once_of_one_project(project: Path) -> None:
     assert sum(", started, " in run.output for run in started) == 1
     rows = client_of(project).get("/flows/LiveSleep/runs?status=completed")
     assert {str(row["run_number"]) for row in rows} == runs
+
+
+@pytest.mark.parametrize("variable", ["METAFLOW_DATASTORE_SYSROOT_LOCAL", "METAFLOW_CARD_LOCALROOT"])
+def test_cards_outside_the_root_are_found(project: Path, variable: str) -> None:
+    """Metaflow puts them where the flow was started, wherever its datastore is; the wrapper tells the daemon."""
+    shutil.copy(FLOWS / "readers_cards.py", project / "flow.py")
+    place = project / "elsewhere"
+    place.mkdir()
+    env = flow_env(**{variable: str(place)})
+    root = place if variable.endswith("SYSROOT_LOCAL") else project
+    mflocal("run", PYTHON, "flow.py", "--no-pylint", "run", "--run-id-file", "id", cwd=project, env=env, check=True)
+    run = (project / "id").read_text()
+    for turn in ("at once", "after a restart"):
+        client = client_of(root)
+        found = []
+        for task in client.get(f"/api/flows/{flow_name(root)}/runs/{run}/tasks")["data"]:
+            path = f"/api/flows/{task['flow_id']}/runs/{run}/steps/{task['step_name']}/tasks/{task['task_id']}/cards"
+            found += client.get(path)["data"]
+        assert found, turn
+        mflocal("restart", "--root", str(root), cwd=project, check=True)
+    mflocal("stop", "--root", str(root), cwd=project, check=True)
+
+
+def flow_name(root: Path) -> str:
+    return next(path.parent.parent.name for path in (root / ".metaflow").glob("*/*/_meta"))
