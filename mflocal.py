@@ -156,6 +156,8 @@ RECORD_LIMIT = 64 * MIB  # one JSON file of the tree; a metadata value of a full
 WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a time
 RACY_NS = 50_000_000  # a directory changed so recently may change again within one tick of its mtime
 RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
+TASKS_KEPT = 50_000  # tasks kept in memory, about 3 KiB each; runs that are in use may have more
+TASKS_REST = 60.0  # s for which a run that was asked for keeps its tasks
 ROWS_KEPT = 20_000  # metadata and artifact records kept in memory, about 1 KiB each
 LEASE_KEPT = 7 * 86_400  # s after which the runs of a wrapper that never said goodbye are forgotten
 SIGNS_FILE = "_mflocal.json"  # in a run's or task's `_meta`; local mode reads only _self, sysmeta_* and N_artifact_*
@@ -1165,9 +1167,14 @@ class FlowNode:
 
 
 class RunNode:
-    """A run's directory, ids as text; `next_task` is the next number to hand out, None until counted."""
+    """A run's directory, ids as text; `next_task` is the next number to hand out, None until counted.
 
-    __slots__ = ("flow", "id", "path", "record", "sig", "children", "dir_sig", "baseline", "next_task", "signs", "memo")
+    `used`: when its steps were last asked for (monotonic s).
+    """
+
+    __slots__ = (
+        "flow", "id", "path", "record", "sig", "children", "dir_sig", "baseline", "next_task", "signs", "memo", "used",
+    )  # fmt: skip
 
     def __init__(self, flow: FlowNode, id: str) -> None:
         self.flow = flow.name
@@ -1181,6 +1188,7 @@ class RunNode:
         self.next_task: Optional[int] = None
         self.signs: Optional[Signs] = None
         self.memo: Any = None
+        self.used = 0.0
 
     @property
     def self_record(self) -> Record:
@@ -1784,6 +1792,7 @@ class Store:
 
     def step(self, run: RunNode, name: str) -> Optional[StepNode]:
         """A step of a run, revalidated; None when there is none."""
+        run.used = time.monotonic()
         node = run.children.get(name)
         if node is None:
             if not is_flow_name(name):
@@ -1922,6 +1931,7 @@ class Store:
 
     def steps(self, run: RunNode) -> List[StepNode]:
         """The steps of a run in the order in which they began."""
+        run.used = time.monotonic()
         self._scan(run, lambda name: StepNode(run, name), is_flow_name)
         found = []
         for node in list(run.children.values()):
@@ -1941,6 +1951,7 @@ class Store:
         def tell(node: TaskNode) -> None:
             self._tell(Event("task", self._flows[step.run.flow], step.run, step, node))
 
+        step.run.used = time.monotonic()
         self._scan(step, lambda name: TaskNode(step, name), is_run_id)
         if step.listed is None:
             found = await self._readable(list(step.children.values()), tell, step.baseline)
@@ -1954,6 +1965,29 @@ class Store:
         """The tasks that a step has on disk, in no order and their `_self.json` perhaps not read yet."""
         self._scan(step, lambda name: TaskNode(step, name), is_run_id)
         return list(step.children.values())
+
+    def trim(self, held: Collection[RunNode], limit: int = TASKS_KEPT, rest: float = TASKS_REST) -> int:
+        """Forgets steps and tasks of the runs that were asked for the longest ago, until `limit` tasks are left.
+
+        Not those of `held` runs, of runs asked for in the last `rest` seconds, or with signs that are not on disk
+        yet: somebody may have their nodes in hand. Returns how many tasks went; the files bring them back.
+        """
+        busy = {node.run if isinstance(node, TaskNode) else node for node in self._unsaved}
+        runs, total = [], 0
+        for flow in self._flows.values():
+            for run in flow.children.values():
+                if run.children:
+                    size = sum([len(step.children) for step in run.children.values()])
+                    total += size
+                    runs.append((run.used, size, run))
+        gone, before = 0, time.monotonic() - rest
+        for used, size, run in sorted(runs, key=lambda one: one[0]):
+            if total - gone <= limit or used > before:
+                break
+            if run not in held and run not in busy:
+                run.children, run.dir_sig, run.baseline, run.next_task = {}, 0, False, None
+                gone += size
+        return gone
 
     async def run_tasks(self, run: RunNode) -> List[TaskNode]:
         """All tasks of a run, step by step."""
@@ -2456,6 +2490,10 @@ class Liveness:
                 if run.path not in found and self.alive(run) and not self.run_completed(run):
                     found[run.path] = (run, "lease")
         return list(found.values())
+
+    def runs(self) -> Set[RunNode]:
+        """The runs of which something speaks."""
+        return {node.run if isinstance(node, TaskNode) else node for node in self._nodes.values()}
 
     def tick(self) -> None:
         """Every few seconds: what is open beats, and the beats go to disk."""
@@ -8469,6 +8507,10 @@ class Subscriptions:
         self._forget()
         store.listeners.append(self._listen)
 
+    def runs(self) -> Set[RunNode]:
+        """The runs that somebody has open."""
+        return set(self._looks)
+
     def _forget(self) -> None:
         """Everything remembered for the sake of subscribers."""
         self._pending.clear()
@@ -9310,6 +9352,10 @@ class UiApi:
         self._listed: Dict[RunNode, Tuple[float, List[Row]]] = {}
         self._walks: Dict[RunNode, bool] = {}  # runs whose tasks are being listed -> whether they changed meanwhile
         store.listeners.append(self._changed)
+
+    def runs(self) -> Set[RunNode]:
+        """The runs whose rows are in hand."""
+        return {*self._listed, *self._walks}
 
     def _changed(self, event: Event) -> None:
         run = event.run
@@ -10496,6 +10542,7 @@ class Service:
                     self._expired(connection, now)
             if now >= beats:
                 self.liveness.tick()
+                self.store.trim(self.liveness.runs() | self.subscriptions.runs() | self.ui.runs())
                 beats = now + SIGNS_INTERVAL
 
     def _expired(self, connection: Connection, now: float) -> None:

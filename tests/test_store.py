@@ -1062,3 +1062,41 @@ def test_a_moment_without_descriptors_loses_no_flow(store: mflocal.Store, monkey
         loop.close()
     assert found == ["F"] and highest > 2
     assert sorted(names()) == ["F", "G"]
+
+
+def test_tasks_nobody_asked_for_are_forgotten(store: mflocal.Store) -> None:
+    """Only in memory: lists, ids and events are as if they had been there all the time."""
+    heard: list[tuple[str, str]] = []
+    flow = store.create_flow("F", {})
+    assert flow is not None
+    runs = []
+    for _ in range(4):
+        run = store.create_run(flow, {})
+        assert run is not None
+        runs.append(run)
+        for name in ("start", "end"):
+            step = store.create_step(run, name, {})
+            assert step is not None
+            for _ in range(3):
+                assert store.create_task(step, {}) is not None
+        time.sleep(0.002)
+
+    def listed() -> list[list[str]]:
+        return [[task.path for task in asyncio.run(store.run_tasks(run))] for run in runs]
+
+    before = listed()
+    store.flush_signs()
+    store.listeners.append(lambda event: heard.append((event.kind, event.run.id if event.run else "")))
+    assert store.trim(set(), 100, 0) == 0 and store.trim(set(), 12, 60) == 0  # few enough; all just asked for
+    assert store.trim({runs[1]}, 12, 0) == 12  # the oldest, but not the one that is held
+    assert [bool(run.children) for run in runs] == [False, True, False, True]
+    assert listed() == before and heard == []
+    store.trim(set(), 0, 0)
+    step = store.step(runs[0], "start")
+    assert step is not None and (task := store.create_task(step, {})) is not None
+    assert task.id == "7" and heard == [("task", runs[0].id)]
+    store.flush_signs()
+    store.beat(runs[2], int(time.time()) + 5)  # not on disk yet
+    for run in (runs[0], runs[2]):
+        asyncio.run(store.run_tasks(run))
+    assert store.trim(set(), 0, 0) == 7 and runs[2].children
