@@ -4343,11 +4343,7 @@ class _PickleMachine:
             raise UnreadablePickle("the pickle calls something that is no function")
         if type(args) is not tuple:
             args = ()
-        for arg in args:
-            if isinstance(arg, (str, bytes, list, tuple, dict, set, frozenset)):
-                self.copied += len(arg) * (1 if isinstance(arg, (str, bytes)) else 64)
-        if self.copied > PICKLE_COPIED:
-            raise _OverLimit()
+        self.count_copies(args)
         if of.module == "builtins" and of.name in ("set", "frozenset"):
             return self.make_set(of.name, args)
         maker = _MAKERS.get((of.module, of.name))
@@ -4359,6 +4355,14 @@ class _PickleMachine:
         if of.name in _RECONSTRUCTORS and args and type(args[0]) is PickledName:
             return PickledObject(args[0])
         return PickledObject(of, args)
+
+    def count_copies(self, values: Iterable[Any]) -> None:
+        """Account for values that are about to be copied. Raises _OverLimit."""
+        for value in values:
+            if isinstance(value, (str, bytes, list, tuple, dict, set, frozenset)):
+                self.copied += len(value) * (1 if isinstance(value, (str, bytes)) else 64)
+        if self.copied > PICKLE_COPIED:
+            raise _OverLimit()
 
     def make_set(self, name: str, args: Tuple[Any, ...]) -> Any:
         """set(*args) or frozenset(*args)."""
@@ -4374,6 +4378,7 @@ class _PickleMachine:
         if isinstance(target, PickledObject) and target.of.module != "pickle":
             target.state = state
         elif type(target) is _Config and isinstance(state, dict) and isinstance(state.get("_data"), dict):
+            self.count_copies((state["_data"],))
             target.update(state["_data"])
 
 
@@ -5725,7 +5730,8 @@ def _log_pieces(log: _OpenLog) -> Iterator[bytes]:
 
 def _log_messages(log: _OpenLog) -> Iterator[bytes]:
     """The messages with a newline between them, in pieces of at most 64 KiB."""
-    for row in range(log.log.total - (1 if log.log.cut else 0)):
+    rows = log.log.total - (1 if log.log.cut else 0)
+    for row in range(rows):
         if row:
             yield b"\n"
         _, handle, start, end = log.head(row)
@@ -5745,8 +5751,8 @@ def _log_messages(log: _OpenLog) -> Iterator[bytes]:
                 if not line:
                     break
                 text = line[_log_head(line)[1] if begins else 0 :]
-                yield (b"\n" if begins else b"") + (text[:-1] if text.endswith(b"\n") else text)
-                begins = line.endswith(b"\n")
+                yield (b"\n" if begins and rows else b"") + (text[:-1] if text.endswith(b"\n") else text)
+                begins, rows = line.endswith(b"\n"), 1
 
 
 # Cards. <card root>/<Flow>/runs/<run>/steps/<step>/tasks/<task>/cards/<type>[-<id>]-<hash>.html, and the data
@@ -12940,6 +12946,7 @@ def _help(name: str = "") -> str:
     if not name:
         rows = ["  %-8s %s" % (key, command.help) for key, command in _COMMANDS.items()]
         text = "usage: mflocal COMMAND [options]\n\n%s\n\nmflocal COMMAND --help tells its options.\n"
+        text += "mflocal -V, --version tells which one this is.\n"
         return text % "\n".join(rows)
     command = _COMMANDS[name]
     rows = []
@@ -12964,14 +12971,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
     name = _SHORT.get(name, name)
-    if name in ("", "--help", "help", "--version"):
-        sys.stdout.write("mflocal %s\n" % VERSION if name == "--version" else _help())
-        return 0 if name else EXIT_USAGE
     command = _COMMANDS.get(name)
     _fill_std()
     if isinstance(getattr(sys.stdout, "errors", None), str) and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # paths need not be UTF-8
     try:
+        if name in ("", "--help", "help", "--version"):
+            sys.stdout.write("mflocal %s\n" % VERSION if name == "--version" else _help())
+            sys.stdout.flush()
+            return 0 if name else EXIT_USAGE
         if command is None:
             raise _Usage("unknown command %r; mflocal --help lists them" % name)
         args = _parse(words[1:], command.flags, name == "run")

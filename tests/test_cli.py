@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
@@ -205,10 +206,21 @@ def test_wrong_words_are_one_line(project: Path, words: list[str]) -> None:
 
 def test_help_and_version(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: mflocal COMMAND" in mflocal("--help", cwd=project, check=True).stdout
-    assert re.fullmatch(r"mflocal \d+\.\d+\.\d+\n", mflocal("--version", cwd=project, check=True).stdout)
+    assert re.search(r"^mflocal -V, --version ", mflocal("--help", cwd=project, check=True).stdout, re.M)
+    for word in ("--version", "-V"):
+        assert re.fullmatch(r"mflocal \d+\.\d+\.\d+\n", mflocal(word, cwd=project, check=True).stdout)
     for name in ("run", "start", "stop", "restart", "status", "url", "env", "logs", "serve", "ui"):
         assert module.main([name, "--help"]) == 0
         assert f"usage: mflocal {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["--help", "--version", ""])
+def test_nobody_reads_the_help(project: Path, word: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = popen(*[word] * bool(word), cwd=project, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (process.communicate(timeout=30)[1], process.returncode) == ("", 128 + signal.SIGPIPE)
 
 
 def test_other_options_name_restart(project: Path) -> None:
@@ -709,7 +721,7 @@ class Impostor(threading.Thread):
                 return
 
 
-@pytest.mark.parametrize("how", ["wrong instance", "readable", "link", "schema", "half", "directory"])
+@pytest.mark.parametrize("how", ["wrong instance", "readable", "link", "schema", "half", "directory", "boot", "place"])
 def test_a_planted_daemon_json_is_not_believed(project: Path, how: str) -> None:
     start(project)
     state = state_of(project)
@@ -717,7 +729,11 @@ def test_a_planted_daemon_json_is_not_believed(project: Path, how: str) -> None:
     impostor = Impostor()
     path = project / ".metaflow/.mflocal/daemon.json"
     state.update(port=impostor.port, pid=os.getpid(), instance="right" if how == "wrong instance" else "x")
-    state["schema"] = 99 if how == "schema" else state["schema"]
+    if how == "boot" and not state["boot_id"]:
+        pytest.skip("this system does not say when it has booted")
+    # Left over from before the last boot, or copied with its project; the server even knows the instance.
+    wrong = {"schema": 99, "boot_id": "another", "place": [state["place"][0], state["place"][1] + 1]}
+    state.update({name: value for name, value in wrong.items() if name.startswith(how)})
     text = json.dumps(state)
     target = project / "planted.json" if how == "link" else path
     if how == "directory":
@@ -791,6 +807,29 @@ def test_a_stuck_daemon_can_be_killed(project: Path) -> None:
     finally:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("birth", ["1", "", None])
+def test_a_pid_that_is_another_process_now_is_not_killed(project: Path, birth: str | None) -> None:
+    """Row 62: somebody holds the lock and nobody answers, but the pid was given to another process."""
+    start(project)
+    state = state_of(project)
+    mflocal("stop", cwd=project, check=True)
+    directory = project / ".metaflow/.mflocal"
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        assert state["birth"] and module.process_birth(sleeper.pid) not in ("", birth)
+        with open(directory / "lock", "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (directory / "daemon.json").write_text(json.dumps({**state, "pid": sleeper.pid, "birth": birth}))
+            (directory / "daemon.json").chmod(0o600)
+            done = mflocal("stop", "--force", cwd=project)
+            assert done.returncode == 3 and f"cannot end the daemon (pid {sleeper.pid})" in done.stderr, done
+            assert sleeper.poll() is None
+        (directory / "daemon.json").unlink()
+    finally:
+        sleeper.kill()
+        assert sleeper.wait() == -signal.SIGKILL
 
 
 def foreign_python() -> str:

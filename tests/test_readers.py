@@ -16,7 +16,9 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import uuid
+from typing import Any
 
 import pytest
 
@@ -157,23 +159,70 @@ def test_included_file(tree):
     assert elsewhere["postprocess_error"]["id"] == "datastore-not-local"
 
 
+def with_state(name: str, state: Any) -> bytes:
+    """The pickle of an object of the class `name`, by which `state` would be set."""
+    module, _, kind = name.rpartition(".")
+    return b"\x80\x02c%s\n%s\n)\x81" % (module.encode(), kind.encode()) + pickle.dumps(state, 2)[2:-1] + b"b."
+
+
+def included_at(root: pathlib.Path, url: Any, **more: Any) -> dict[str, Any]:
+    """The record of an IncludeFile parameter whose content is at `url`; `more` of what describes it."""
+    described = {"type": "uploader-v2", "url": url, "is_text": True, **more}
+    state = {"_descriptor": described, "_cached_size": None}
+    return blob(root, with_state("metaflow.includefile.IncludedFile", state))
+
+
+def include(folder: pathlib.Path, content: bytes) -> str:
+    """Puts an included file into a `data` directory, and says its URL."""
+    name = hashlib.sha1(content).hexdigest()
+    (folder / "F").mkdir(parents=True, exist_ok=True)
+    (folder / "F" / name).write_bytes(gzip.compress(content))
+    return "local:///gone/data/F/" + name
+
+
 def test_included_file_is_only_read_by_its_content(tmp_path):
     """A pickle cannot name a file of whose content it does not have the sha1."""
-
-    def included(url):
-        state = {"_descriptor": {"type": "uploader-v2", "url": url, "is_text": True}, "_cached_size": None}
-        pickled = pickle.dumps(state, 2)[2:-1]
-        return blob(tmp_path, b"\x80\x02cmetaflow.includefile\nIncludedFile\n)\x81" + pickled + b"b.")
-
     (tmp_path / "data" / "F").mkdir(parents=True)
     for text, id in (("mine", None), ("secret", "artifact-unreadable")):
         name = hashlib.sha1(b"mine").hexdigest()
         (tmp_path / "data" / "F" / name).write_bytes(gzip.compress(text.encode()))
-        shown = mflocal.artifact_content(str(tmp_path), included("local:///gone/data/F/" + name))
+        shown = mflocal.artifact_content(str(tmp_path), included_at(tmp_path, "local:///gone/data/F/" + name))
         assert shown == {"content": "mine"} if id is None else shown["postprocess_error"]["id"] == id
     for url in ("local:///etc/passwd", "s3://bucket/F/" + name, "local://" + name, "", None, 7):
-        shown = mflocal.artifact_content(str(tmp_path), included(url))
+        shown = mflocal.artifact_content(str(tmp_path), included_at(tmp_path, url))
         assert shown["postprocess_error"]["id"] == "datastore-not-local", url
+
+
+@pytest.mark.parametrize(
+    "encoding", ["hex", "rot13", "base64", "undefined", "idna", "punycode", "no-such", "a/b", "", 7, ["utf-8"], None]
+)
+def test_included_file_in_an_encoding_that_is_none(tmp_path: pathlib.Path, encoding: Any) -> None:
+    """What codecs knows besides text encodings raises, or takes quadratic time."""
+    url = include(tmp_path / "data", "hällo wörld".encode())
+    shown = mflocal.artifact_content(str(tmp_path), included_at(tmp_path, url, encoding=encoding))
+    assert shown == {"content": "hällo wörld"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "UTF-16", "cp1252", "utf_8_sig"])
+def test_included_file_in_its_encoding(tmp_path: pathlib.Path, encoding: str) -> None:
+    url = include(tmp_path / "data", "hällo".encode(encoding))
+    shown = mflocal.artifact_content(str(tmp_path), included_at(tmp_path, url, encoding=encoding))
+    assert shown == {"content": "hällo"}
+
+
+def test_included_files_behind_a_link_out_of_the_root_are_not_read(tmp_path: pathlib.Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    url = include(tmp_path / "out", b"secret")
+    (root / "data").symlink_to(tmp_path / "out")
+    shown = mflocal.artifact_content(str(root), included_at(root, url))
+    assert shown["postprocess_error"]["id"] == "datastore-not-local"
+    named = mflocal.artifact_content(str(root), included_at(root, url), data_roots=[str(tmp_path / "out")])
+    assert named == {"content": "secret"}, "where the user said that they are"
+    (root / "data").unlink()
+    url = include(root / "kept", b"mine")
+    (root / "data").symlink_to(root / "kept")
+    assert mflocal.artifact_content(str(root), included_at(root, url)) == {"content": "mine"}
 
 
 def test_too_large(tree):
@@ -269,6 +318,16 @@ def test_missing_and_damaged(tree, tmp_path):
 def test_encodings_of_extensions_are_not_unpickled(tmp_path):
     made = blob(tmp_path, b"PAR1 something", content_type="parquet")
     assert mflocal.artifact_content(str(tmp_path), made) == {"content": "<parquet, 14 bytes>"}
+
+
+@pytest.mark.parametrize("encoding", [["pickle-v4"], {"a": 1}, 7, 1.5, True], ids=str)
+def test_an_encoding_that_is_no_text_is_none(tmp_path: pathlib.Path, encoding: Any) -> None:
+    task = tmp_path / "F/1/s/1"
+    task.mkdir(parents=True)
+    (task / "0.data.json").write_text(json.dumps({"objects": {}, "info": {"a": {"encoding": encoding}}}))
+    assert mflocal.artifact_content(str(tmp_path), blob(tmp_path, pickle.dumps("x"))) == {"content": "x"}
+    told = blob(tmp_path, pickle.dumps("y"), name="b", content_type=encoding)
+    assert mflocal.artifact_content(str(tmp_path), told) == {"content": "y"}
 
 
 # Files outside.
@@ -506,6 +565,91 @@ def test_gzip_bomb_is_bounded(tmp_path):
     packed = gzip.compress(b"\0" * (64 << 20), 9)
     shown = mflocal.artifact_content(str(tmp_path), blob(tmp_path, b"x", packed=packed))
     assert shown["postprocess_error"]["id"] == "artifact-too-large"
+
+
+def test_padding_behind_a_blob_is_not_read(tmp_path: pathlib.Path) -> None:
+    """gzip skips zeros one by one, and a sparse file has as many as one likes."""
+    packed, most = gzip.compress(pickle.dumps("x")), 1000 + 1000 // 1000 + 1024
+    for size, shown in ((most, "x"), (most + 1, "")):
+        record = blob(tmp_path, pickle.dumps("x"), packed=packed.ljust(size, b"\0"))
+        value = mflocal.read_artifact(str(tmp_path), record, limit=1000)
+        assert value.text == shown and (value.error or {}).get("id") == (None if shown else "artifact-too-large")
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 1 << 20])
+def test_what_does_not_compress_is_read_up_to_the_limit(tmp_path: pathlib.Path, limit: int) -> None:
+    data = os.urandom(limit)
+    for level in (0, 1, 9):
+        path = tmp_path / "blob"
+        path.write_bytes(gzip.compress(data, level))
+        with open(path, "rb") as file:
+            assert mflocal._gunzip(file, limit) == data
+
+
+def copying(what: str, calls: int) -> bytes:
+    """A pickle that gives one large argument, from its memo, to a constructor again and again."""
+    text = b"\x80\x04X" + struct.pack("<I", 600_000) + b"x" * 600_000
+    numbers = b"\x80\x04(" + b"".join(b"M" + struct.pack("<H", number) for number in range(20_000))
+    pairs = b"\x80\x04(" + b"".join(b"M" + struct.pack("<H", number) + b"N" for number in range(20_000)) + b"d"
+    name, argument = {
+        "set": (b"builtins\nset", numbers + b"l"),
+        "frozenset": (b"builtins\nfrozenset", numbers + b"t"),
+        "deque": (b"collections\ndeque", numbers + b"l"),
+        "bytearray": (b"builtins\nbytearray", text.replace(b"X", b"B", 1)),
+        "bytes": (b"_codecs\nencode", text),
+        "path": (b"pathlib\nPosixPath", text),
+        "decimal": (b"decimal\nDecimal", text),
+        "dict": (b"collections\nOrderedDict", pairs),
+        "counter": (b"collections\nCounter", pairs),
+        "config": (b"metaflow.user_configs.config_parameters\nConfigValue", pairs),
+        "config state": (b"metaflow.user_configs.config_parameters\nConfigValue", pairs),
+    }[what]
+    if what == "config state":
+        state = b"\x80\x04}X\x05\0\0\0_data" + argument[2:] + b"sq\0"
+        return state + b"c" + name + b"\nq\1" + b"h\1)Rh\0b" * calls + b"N."
+    # What was made stays on the stack to the end; the value of the pickle is None.
+    return argument + b"q\0c" + name + b"\nq\1" + b"h\1h\0\x85R" * calls + b"N."
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["set", "frozenset", "deque", "bytearray", "bytes", "path", "decimal", "dict", "counter", "config", "config state"],
+)
+def test_what_constructors_copy_is_bounded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.setattr(mflocal, "PICKLE_COPIED", 4 << 20)
+    few, many = blob(tmp_path, copying(what, 3)), blob(tmp_path, copying(what, 8))
+    assert mflocal.artifact_content(str(tmp_path), few) == {"content": "None"}
+    shown = mflocal.artifact_content(str(tmp_path), many)
+    assert shown.get("postprocess_error", {}).get("id") == "artifact-too-large", str(shown)[:200]
+
+
+def test_the_memory_of_copies_is_bounded(tmp_path: pathlib.Path) -> None:
+    record = blob(tmp_path, copying("bytearray", 300))
+    tracemalloc.start()
+    try:
+        shown = mflocal.artifact_content(str(tmp_path), record)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert shown.get("postprocess_error", {}).get("id") == "artifact-too-large", str(shown)[:200]
+    assert peak < 100 << 20  # 180 MB without the bound
+
+
+def test_a_foreign_error_is_never_written_out(tmp_path: pathlib.Path) -> None:
+    """Metaflow's wrapper of an exception: type and exception are text, or nobody asks what they are."""
+
+    def wrapped(state: dict[str, Any]) -> str:
+        record = blob(tmp_path, with_state("metaflow.exception.MetaflowExceptionWrapper", state))
+        return str(mflocal.artifact_content(str(tmp_path), record)["content"])
+
+    shared: list[Any] = ["part"]
+    for _ in range(10):  # with 40 the text would have a million million parts
+        shared = [shared, shared]
+    assert wrapped({"type": shared, "exception": shared}) == "[no stacktrace]\n...: ..."
+    assert wrapped({"type": "T", "exception": {"a": shared}, "stacktrace": shared}) == "[no stacktrace]\nT: ..."
+    assert wrapped({"type": 7, "exception": "e", "stacktrace": ""}) == "[no stacktrace]\n...: e"
+    assert wrapped({"exception": "e"}) == "[no stacktrace]\nNone: e"
+    assert wrapped({"type": shared, "stacktrace": "Traceback"}) == "Traceback"
 
 
 def test_random_bytes_never_raise(tmp_path):
@@ -994,6 +1138,40 @@ def test_more_lines_than_are_indexed(tmp_path, monkeypatch):
     assert text.split(b"\n") == [b"l%d" % n for n in range(15)]
 
 
+def test_more_bytes_than_are_indexed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file may have any length; its lines are looked for in the first part only."""
+    monkeypatch.setattr(mflocal, "_LOG_BLOCK", 1000)
+    monkeypatch.setattr(mflocal, "LOG_INDEX_BYTES", 5000)
+    line = mflog(1, "x" * 20) + b"\n"
+    write_log(tmp_path, "0.runtime_stdout.log", line * 1000)
+    page = mflocal.log_rows(str(tmp_path), TASK, 0, "stdout")
+    assert page.rows[-1]["line"].startswith("... more lines than") and page.rows[-2]["line"] == "x" * 20
+    assert 5000 // len(line) < page.total <= 6000 // len(line) + 1
+    path = os.path.join(str(tmp_path), *TASK, "0.runtime_stdout.log")
+    with open(path, "ab") as file:
+        file.write(line)
+    assert mflocal.log_rows(str(tmp_path), TASK, 0, "stdout").total == page.total, "what comes later is beyond it"
+    text = b"".join(mflocal.log_text(str(tmp_path), TASK, 0, "stdout"))
+    assert text == b"\n".join([b"x" * 20] * 1001)
+
+
+def test_a_first_line_longer_than_what_is_indexed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mflocal, "_LOG_BLOCK", 1000)
+    monkeypatch.setattr(mflocal, "LOG_INDEX_BYTES", 5000)
+    write_log(tmp_path, "0.runtime_stdout.log", mflog(1, "x" * 200_000) + b"\n" + mflog(2, "end"))
+    assert mflocal.log_rows(str(tmp_path), TASK, 0, "stdout").total == 1
+    assert b"".join(mflocal.log_text(str(tmp_path), TASK, 0, "stdout")) == b"x" * 200_000 + b"\nend"
+
+
+def test_a_sparse_log_has_few_lines(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mflocal, "LOG_INDEX_BYTES", 2 << 20)
+    write_log(tmp_path, "0.runtime_stdout.log", b"one\ntwo\n")
+    os.truncate(os.path.join(str(tmp_path), *TASK, "0.runtime_stdout.log"), 16 << 20)
+    page = mflocal.log_rows(str(tmp_path), TASK, 0, "stdout")
+    assert [row["line"] for row in page.rows[:2]] == ["one", "two"]
+    assert page.total == 3 and page.rows[2]["line"].startswith("... more lines than")
+
+
 def test_download_while_the_log_grows(tmp_path):
     write_log(
         tmp_path, "0.runtime_stdout.log", b"".join(mflog(n % 60, "z" * 3000) + b"\n" for n in range(60))
@@ -1125,6 +1303,15 @@ def test_cards_still_being_written(tmp_path):
     )
     data = mflocal.card_data(str(tmp_path), TASK, "ee55")
     assert data["data"] == {"reload_token": "x", "data": {"n": None}, "created_on": 1.5}
+
+
+def test_numbers_of_a_card_that_no_browser_reads_are_null(tmp_path: pathlib.Path) -> None:
+    numbers = b'{"data": {"a": 1e999, "b": -1e999, "c": [1e308, 1.5, -0.25, 3], "d": Infinity}}'
+    make_card(tmp_path / "mf.cards", "default-aa11.html", b"<html>")
+    make_card(tmp_path / "mf.cards", "default-aa11.data.json", numbers, "runtime")
+    shown = mflocal.card_data(str(tmp_path), TASK, "aa11")
+    assert shown["data"] == {"data": {"a": None, "b": None, "c": [1e308, 1.5, -0.25, 3], "d": None}}
+    json.dumps(shown, allow_nan=False)
 
 
 def test_cards_outside_open_nothing(tmp_path):

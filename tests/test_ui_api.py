@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Callable
 
@@ -154,6 +155,21 @@ def test_metadata_and_artifacts(ui: Any, run: str) -> None:
     assert ui.get(run + "/parameters")["data"] == {"fail": {"value": False}, "n": {"value": 3}}
     graph = ui.get(run + "/dag")["data"]
     assert list(graph["steps"]) == ["start", "unit", "join", "end"] and graph["graph_structure"]
+
+
+@pytest.mark.parametrize("data", [b"no gzip", b""])
+def test_an_unreadable_graph_is_drawn_from_the_steps(
+    make_service: Callable[..., Any], root: Path, run: str, tmp_path: Path, data: bytes
+) -> None:
+    shutil.copytree(root / ".metaflow", tmp_path / ".metaflow", ignore=shutil.ignore_patterns(".mflocal"))
+    flow = tmp_path / ".metaflow/UiTinyFlow"
+    records = [json.loads(path.read_text()) for path in flow.glob("*/*/*/_meta/*_artifact__graph_info.json")]
+    assert records
+    for sha in {record["sha"] for record in records}:
+        (flow / "data" / sha[:2] / sha).write_bytes(data)
+    graph = make_service(tmp_path).get(run + "/dag")["data"]
+    assert list(graph["steps"]) == ["start", "unit", "join", "end"]
+    assert (graph["graph_structure"][0], graph["graph_structure"][-1]) == ("start", "end")
 
 
 def test_logs(ui: Any, run: str) -> None:
