@@ -1423,7 +1423,7 @@ class Store:
         except Problem:
             _remove_empty(made)
             raise
-        node.record, node.sig = record, _signature(own)
+        node.record, node.sig = _kept(node, record), _signature(own)
         return True
 
     def create_flow(self, name: str, body: Record) -> Optional[FlowNode]:
@@ -1729,10 +1729,8 @@ class Store:
             if record is None:
                 return False
             _repair(record)
-            if isinstance(node, TaskNode):  # there may be a million: what the tree or the run says as well is not kept
-                record = {key: record.get(key) for key in ("step_name", "user_name", "ts_epoch")}
             self._share_tags(record)
-            node.record, node.sig = record, sig
+            node.record, node.sig = _kept(node, record), sig
             if changed and isinstance(node, RunNode):
                 self._tell(Event("tags", self._flows[node.flow], node))
         return True
@@ -2210,6 +2208,13 @@ def _remove_empty(folders: List[str]) -> None:
             os.rmdir(path)
         except OSError:
             pass
+
+
+def _kept(node: Node, record: Record) -> Record:
+    """What stays in memory of a `_self.json`: of tasks, of which there may be many, not what the run says as well."""
+    if not isinstance(node, TaskNode):
+        return record
+    return {key: record.get(key) for key in ("step_name", "user_name", "ts_epoch")}
 
 
 def _repair(record: Record) -> None:
@@ -10151,8 +10156,8 @@ async def _until_closed(socket: UiSocket) -> None:
     try:
         while await socket.receive() is not None:
             pass
-    except OSError:
-        pass
+    except Exception:
+        pass  # whatever it was: the client cannot be heard any more
 
 
 def _each_task_once(found: Iterable[Record]) -> List[Record]:
@@ -10308,6 +10313,7 @@ class WebSocket:
         self._waiting: List[str] = []
         self._next_ping = time.monotonic() + WS_PING_INTERVAL
         self._pinged = False
+        self._unread = 0  # bytes that waited for the client when it was last looked at
 
     async def receive(self) -> Optional[str]:
         """The next text message, None when the socket is closed."""
@@ -10352,14 +10358,17 @@ class WebSocket:
             self._connection.writer.write(self._protocol.close(code, reason))
 
     def tick(self, now: float) -> None:
-        """Pings a silent client and drops one that does not answer."""
+        """Pings a silent client and drops one that neither answers nor reads: pings wait behind what it has to read."""
         if now < self._next_ping:
             return
-        if self._pinged:
+        transport = self._connection.writer.transport
+        if self._pinged and transport.get_write_buffer_size() >= self._unread:
             self._connection.abort()
             return
-        self._connection.writer.write(self._protocol.ping(b""))
-        self._pinged = True
+        if not self._pinged:
+            self._connection.writer.write(self._protocol.ping(b""))
+            self._pinged = True
+        self._unread = transport.get_write_buffer_size()
         self._next_ping = now + WS_PING_TIMEOUT
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
+import hashlib
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 from urllib.parse import quote
 
+import make_tree
 import pytest
 from conftest import COMMAND, clean_env, mflocal, wait_for
 from meta_shared import script
@@ -471,6 +476,24 @@ def test_a_catastrophic_pattern_stops_nobody(served: Served, pattern: str) -> No
     wait_for(lambda: not served.children, 5)
 
 
+def test_patterns_that_explode_take_few_processes(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    with Served(root, quick={"PATTERN_TIMEOUT": 0.4}) as served:
+        task = served.task()
+        served.client.post(f"{task}/metadata", [{"field_name": "f", "value": "a" * 40 + "!"}])
+        target = f"{task.rpartition('/tasks')[0]}/filtered_tasks?pattern={quote('(?=a)(a+)+$')}"
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(served.client, "GET", target) for _ in range(8)]
+            most = 0
+            while not all(future.done() for future in asked):
+                most = max(most, len(served.children))
+                time.sleep(0.02)
+        assert {future.result().status for future in asked} == {400}
+        assert 1 <= most <= module.READER_THREADS
+        wait_for(lambda: not served.children, 5)
+
+
 # -- deadlines, caps, slow peers. The constants are real, only their values are smaller.
 
 QUICK = {"HEADER_TIMEOUT": 0.8, "BODY_TIMEOUT": 0.8, "KEEP_ALIVE_TIMEOUT": 0.8, "WRITE_TIMEOUT": 0.8}
@@ -712,6 +735,159 @@ def test_a_deaf_websocket_is_dropped(root: Path, how: str) -> None:
         hears.close()
         deaf.close()
         served.settled(*before)
+
+
+def tell_runs(served: Served, count: int) -> None:
+    """Some runs of 5,000 bytes each."""
+    for number in range(count):
+        served.client.post("/flows/F/run", {**BODY, "tags": [f"{number}" + "x" * 5000]})
+
+
+def heard_until(sock: socket.socket, word: bytes, count: int = 1) -> bool:
+    """Whether a word comes so many times before the end; what it is said after may be megabytes."""
+    tail = b""
+    try:
+        while count > 0:
+            data = sock.recv(65536)
+            if not data:
+                return False
+            tail += data
+            count -= tail.count(word)
+            tail = tail[tail.rfind(word) + len(word) :] if word in tail else tail[1 - len(word) :]
+    except ConnectionError:
+        return False
+    return True
+
+
+def test_many_deaf_websockets_have_small_queues(root: Path) -> None:
+    """One may be far behind, as after a replay, but not all at once: only as many go as have to."""
+    quick = {"WS_SMALL_QUEUE": 100_000, "WS_MAX_QUEUE": 10_000_000, "WS_ALL_QUEUES": 1_000_000}
+    with Served(root, quick=quick, buffer=4096) as served:
+        served.task()
+        before = census(served)
+        wish = frame(TEXT, b'{"type": "SUBSCRIBE", "uuid": "a", "resource": "/runs"}')
+        deaf = [served.websocket(receive=2048)]
+        deaf[0].sendall(wish)
+        time.sleep(0.3)
+        tell_runs(served, 60)  # 300 KB wait for it
+        assert heard_until(deaf[0], b'"INSERT"', 60)
+        deaf += [served.websocket(receive=2048) for _ in range(11)]
+        hears = served.websocket()
+        for sock in (*deaf[1:], hears):
+            sock.sendall(wish)
+        time.sleep(0.3)
+        for _ in range(40):  # 200 KB for each of them would be 2.4 MB in all
+            tell_runs(served, 1)
+            assert heard_until(hears, b'"INSERT"')
+        alive = 0
+        for sock in deaf:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(frame(TEXT, b"__ping__"))
+            alive += heard_until(sock, b"__pong__")
+        assert 2 <= alive <= 8
+        for sock in (hears, *deaf):
+            sock.close()
+        served.settled(*before)
+
+
+def test_a_reader_who_is_late_gets_a_whole_replay(root: Path) -> None:
+    """Of 8 MiB; it begins to read when all has been sent."""
+    ms = int(time.time() * 1000) - 5000
+    for number in range(800):
+        make_tree.make_run(str(root / ".metaflow"), "F", ms + number, ["x" * 10_000])
+    with Served(root, buffer=4096) as served, served.websocket(receive=4096) as sock:
+        text = '{"type": "SUBSCRIBE", "uuid": "a", "resource": "/flows/F/runs", "since": %d}' % (ms // 1000)
+        sock.sendall(frame(TEXT, text.encode()))
+        time.sleep(1.2)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        assert heard_until(sock, b'"INSERT"', 800)
+
+
+def test_a_slow_reader_is_no_deaf_one(root: Path) -> None:
+    """Our pings wait behind what it still has to read, so its answers come late: reading is a sign of life."""
+    ms = int(time.time() * 1000) - 5000
+    for number in range(100):
+        make_tree.make_run(str(root / ".metaflow"), "F", ms + number, ["x" * 10_000])
+    quick = {"WS_PING_INTERVAL": 0.5, "WS_PING_TIMEOUT": 0.5}
+    with Served(root, quick=quick, buffer=4096) as served, served.websocket(receive=4096) as sock:
+        text = '{"type": "SUBSCRIBE", "uuid": "a", "resource": "/flows/F/runs", "since": %d}' % (ms // 1000)
+        sock.sendall(frame(TEXT, text.encode()))
+        heard = b""
+        while heard.count(b'"INSERT"') < 100:
+            data = sock.recv(8192)
+            assert data, f"dropped after {heard.count(b'INSERT')} of 100 rows"
+            heard += data
+            time.sleep(0.02)
+
+
+# -- searches
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(a root, a run in it) with artifacts that take seconds to search: 12 long lists, no two the same."""
+    root = tmp_path_factory.mktemp("searched") / "root"
+    root.mkdir()
+    with Served(root) as served:
+        step = served.task().rpartition("/tasks")[0]
+        run = step.rpartition("/steps")[0]
+        served.client.post(f"{run}/steps/_parameters/step", BODY)
+        values: list[tuple[str, str, Any]] = [("_parameters", "n", 3)]
+        values += [("start", "x", list(range(number, 150_000 + number))) for number in range(12)]
+        for name, artifact, value in values:
+            task = served.client.post(f"{run}/steps/{name}/task", BODY)["task_id"]
+            data = pickle.dumps(value, 4)
+            sha = hashlib.sha1(data).hexdigest()
+            file = root / ".metaflow/F/data" / sha[:2] / sha
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(gzip.compress(data, 1))
+            row = {"name": artifact, "attempt_id": 0, "sha": sha, "ds_type": "local", "content_type": "pickle-v4"}
+            served.client.post(f"{run}/steps/{name}/tasks/{task}/artifact", [row])
+    return root, run
+
+
+def test_searches_leave_room_for_others_and_end_with_their_clients(searched: tuple[Path, str]) -> None:
+    root, run = searched
+    with Served(root) as served:
+        assert served.client.get(f"/api{run}/parameters")["data"] == {"n": {"value": 3}}
+        before = census(served)
+        socks = [served.websocket(f"/api{run}/search?key=x&value=nowhere") for _ in range(3)]
+        time.sleep(0.3)
+        assert served.client.get(f"/api{run}/parameters")["data"] == {"n": {"value": 3}}
+        for sock in socks:
+            assert b'"result"' not in sock.recv(65536)  # no search has come to its end in the meantime
+        for sock in socks[:2]:
+            sock.sendall(frame(PING, b"still there?"))
+            heard = b""
+            while b"still there?" not in heard:
+                data = sock.recv(65536)
+                assert data, heard
+                heard += data
+            sock.sendall(frame(CLOSE, b"\x03\xe8"))
+            heard += rest_of(sock)
+            assert b'"result"' not in heard and closing_code(heard) == 1000
+        socks[2].shutdown(socket.SHUT_WR)
+        assert b'"result"' not in rest_of(socks[2])
+        for sock in socks:
+            sock.close()
+        served.settled(*before)
+
+
+def test_a_search_hears_that_its_client_is_there(searched: tuple[Path, str]) -> None:
+    """It takes longer than silence is allowed to a WebSocket."""
+    root, run = searched
+    with Served(root, quick={"WS_PING_INTERVAL": 0.3, "WS_PING_TIMEOUT": 0.3}) as served:
+        with served.websocket(f"/api{run}/search?key=x&value=77777") as sock:
+            heard = b""
+            while b'"result"' not in heard:
+                data = sock.recv(65536)
+                assert data, heard[-200:]
+                heard += data
+                if data[:2] == b"\x89\0":
+                    sock.sendall(frame(10, b""))
+            heard += rest_of(sock)
+        assert heard.count(b'"searchable": true') == 12
+        assert closing_code(heard) == 1000
 
 
 def test_websockets_are_pinged_and_told_of_the_end(root: Path) -> None:

@@ -10,7 +10,9 @@ import time
 
 import pytest
 
+import mflocal
 from mflocal import (
+    MAX_PATTERN_TEXT,
     SERVICE_RUN_COLUMNS,
     SERVICE_TASK_COLUMNS,
     UI_COLUMNS,
@@ -404,6 +406,14 @@ def test_like_case():
     assert not like_matcher("%M\u00dcN%", ignore_case=False)("in m\u00fcnchen")
 
 
+def test_like_with_a_joker_looks_at_the_beginning_of_a_text_only():
+    """Such a piece is tried at every place, and its length is the client's too; plain text is found anywhere."""
+    edge = "." * (MAX_PATTERN_TEXT - 6)
+    for text, found in ((edge + "needle", True), (edge + ".needle", False)):
+        assert like_matcher("%n_edle%")(text) is found
+        assert like_matcher("%needle%")(text) and like_matcher("%needle")(text)
+
+
 def random_pattern(dice, depth=3):
     kind = dice.randrange(12) if depth else 0
     if kind < 4:
@@ -513,6 +523,28 @@ def test_invalid_patterns(pattern):
         with pytest.raises(Problem) as caught:
             function(pattern)
         assert caught.value.status == 400
+
+
+def test_a_counted_repeat_is_one_test_of_a_character(monkeypatch):
+    """Each test of a leaf is a compiled expression: x{399} is one, not 399."""
+    made, make = [], mflocal._char_test
+    monkeypatch.setattr(mflocal, "_char_test", lambda *leaf: made.append(leaf) or make(*leaf))
+    test = compile_pattern("x{399}")
+    assert test("x" * 399) and not test("x" * 398) and len(made) == 1
+    made.clear()
+    test = compile_pattern("x(?i:x)[xy]{3}[^xy]{3}x")  # the same letter, but not the same test
+    assert test("xXyxyabcx") and not test("XXyxyabcx") and len(made) == 4
+
+
+@pytest.mark.parametrize("patterns", [["a.*"] * 8, ["a.*,b.*"] * 4, [",".join(["a.*"] * 8)]])
+def test_a_request_may_have_a_few_patterns(patterns):
+    args = [("flow_id:re", pattern) for pattern in patterns]
+    assert parse_filters(args, UI_COLUMNS["runs"])
+    for more in (("user:re", "x"), ("flow_id:re", patterns[0] + ",x")):
+        with pytest.raises(Problem) as caught:
+            parse_filters([*args, more], UI_COLUMNS["runs"])
+        assert (caught.value.status, caught.value.id) == (400, "invalid-filter")
+    assert parse_filters([*args, ("user:co", "x,y"), ("bogus:re", "x"), ("_tags", "a,b")], UI_COLUMNS["runs"])
 
 
 def test_empty_repeats_are_harmless():
@@ -793,6 +825,16 @@ def test_equal_times_and_both_kinds_of_ids():
         seen += [row["run_number"] for row in page]
         args = [("_limit", "2"), ("_cursor", headers["X-Next-Cursor"])] if "X-Next-Cursor" in headers else []
     assert seen == ["b", "a", 10, 9, 2]
+
+
+def test_rows_without_a_time_come_last_and_can_be_paged():
+    rows = [{"ts_epoch": at, "run_number": n} for n, at in enumerate((None, 5, None, 7, None, None, 6))]
+    seen, args = [], [("_limit", "2")]
+    while args:
+        page, headers = cursor_page(rows, args, KEY)
+        seen += [row["run_number"] for row in page]
+        args = [("_limit", "2"), ("_cursor", headers["X-Next-Cursor"])] if "X-Next-Cursor" in headers else []
+    assert seen == [3, 6, 1, 5, 4, 2, 0]
 
 
 @pytest.mark.parametrize(

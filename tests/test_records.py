@@ -273,6 +273,16 @@ def test_metadata_bodies_that_are_refused(body: Any, named: str) -> None:
     assert info.value.status == 400 and named in info.value.detail
 
 
+def test_a_body_has_so_many_rows_and_not_one_more() -> None:
+    """16 MiB of `{}` would be five million files."""
+    row: dict[str, Any] = {}
+    for check in (mflocal.metadata_body, mflocal.artifact_body):
+        with pytest.raises(Problem) as info:
+            check([row] * (mflocal.MAX_ROWS + 1))
+        assert info.value.status == 413 and str(mflocal.MAX_ROWS) in info.value.detail
+    assert len(mflocal.artifact_body([row] * mflocal.MAX_ROWS)) == mflocal.MAX_ROWS
+
+
 def test_numbers_that_json_cannot_hold_never_reach_a_record() -> None:
     """1e999 is good JSON and becomes infinity in Python; json.dumps would write `Infinity`, which is none."""
     for body in (b'[{"field_name": "f", "value": 1e999}]', b'[{"field_name": "f", "value": ["a", -1e999]}]'):

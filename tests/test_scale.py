@@ -292,7 +292,58 @@ def test_records_kept_of_tasks_are_bounded(make_site: Callable[..., Site], monke
     assert held(site, read_all) < unbounded / 4
 
 
+def test_of_a_tasks_records_only_what_is_shown_is_kept(make_site: Callable[..., Site]) -> None:
+    """There may be a million tasks: whatever else a record holds, it takes no memory."""
+
+    def fill(metaflow_dir: str, padding: str) -> None:
+        make_tree.make_foreach(metaflow_dir, 50)
+        for name in ("_self.json", "0_artifact__task_ok.json"):
+            for path in Path(metaflow_dir).glob(f"WideRun/*/work/*/_meta/{name}"):
+                path.write_text(json.dumps({**json.loads(path.read_text()), "system_tags": [padding], "more": padding}))
+
+    rows, kept = [], []
+    for size in (1, 50_000):
+        site = make_site(lambda path, size=size: fill(path, "x" * size))
+        run, found = only_run(site, "WideRun"), []
+        paths = (f"{run}/steps/work/tasks", f"/api{run}/tasks?_limit=1000")
+
+        def ask(site: Site = site, paths: tuple[str, ...] = paths, found: list[Any] = found) -> None:
+            found += [site.ask("GET", path) for path in paths]
+            found[:] = [len(found[0]), {row["status"] for row in found[1]["data"]}]
+
+        kept.append(held(site, ask))
+        rows.append(found)
+    assert rows == [[50, {"completed"}]] * 2
+    assert kept[1] < kept[0] + 50 * 50_000 / 4  # of one padding each it would be 50 * 50,000
+
+
 # -- a walk gives way
+
+
+async def turns_of_others(work: Any) -> int:
+    """How often others have their turn on the event loop until some work is done."""
+    task, turns = asyncio.ensure_future(_whole(work)), 0
+    while not task.done():
+        turns += 1
+        await asyncio.sleep(0)
+    task.result()
+    return turns
+
+
+def test_a_search_for_a_pattern_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mflocal, "WALK_SLICE", -1.0)  # every chance is taken
+    groups = [["x" * number] for number in range(200)]
+    assert asyncio.run(turns_of_others(mflocal.search_texts("y.*z", groups))) >= 200
+    found = asyncio.run(mflocal.search_texts("xx.*x", [*groups, ["", "xxx"]]))
+    assert found == [number > 2 for number in range(200)] + [True]
+
+
+def test_completion_gives_way(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = [f"tag{number}" for number in range(200)]
+    site = make_site(lambda path: make_tree.make_run(path, "ManyRuns", 1_700_000_000_000, tags))
+    monkeypatch.setattr(mflocal, "WALK_SLICE", -1.0)
+    request = mflocal.Request("GET", "/api/tags/autocomplete", "tag:re=no.*", {"host": "127.0.0.1"}, b"")
+    assert site.loop.run_until_complete(turns_of_others(site.service.router.dispatch(request))) >= 200
 
 
 def served_in_order(root: Path, requests: list[bytes]) -> list[int]:

@@ -174,6 +174,20 @@ def test_ping_and_junk(go: Any) -> None:
     go(body)
 
 
+def test_bad_filters_are_silent(go: Any) -> None:
+    async def body(hub: Hub) -> None:
+        few, many = (",".join([".*"] * count) for count in (mflocal.MAX_PATTERNS, mflocal.MAX_PATTERNS + 1))
+        ear = hub.client(f"/runs?flow_id:re={many}", f"/runs?flow_id:re={few}", f"/runs?flow_id:re={few}&user:re=t")
+        for resource in ('/runs?tags=["\ud800"]', "/runs?_tags=\ud800", "/flows/\ud800/runs", "/runs?tags:ne=[\ud800]"):
+            hub.say(ear, type="SUBSCRIBE", resource=resource, uuid="x")
+        await settle()
+        hub.make_run()
+        await settle()
+        assert {m["uuid"] for m in ear.heard if m["uuid"] != "x"} == {"1"}
+
+    go(body)
+
+
 def test_nothing_is_kept_while_nobody_listens(go: Any) -> None:
     async def body(hub: Hub) -> None:
         run = hub.make_run()
@@ -449,6 +463,20 @@ def test_a_run_that_somebody_waits_for(go: Any) -> None:
     go(body)
 
 
+def test_runs_that_nobody_waits_for_any_more_are_forgotten(go: Any) -> None:
+    async def body(hub: Hub) -> None:
+        hub.other.create_flow("HubFlow", {})
+        where = "/flows/HubFlow/runs/"
+        ear, gone = hub.client("/flows", where + "later"), hub.client(*[f"{where}never{n}" for n in range(50)])
+        hub.say(ear, type="SUBSCRIBE", resource=where + "unwanted/tasks", uuid="x")
+        await wait_for(lambda: len(hub.subscriptions._absent) == 52)
+        hub.say(ear, type="UNSUBSCRIBE", uuid="x")
+        hub.subscriptions.disconnect(gone.client)  # type: ignore[attr-defined]
+        await wait_for(lambda: hub.subscriptions._absent == {("HubFlow", "later")})
+
+    go(body)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_artifacts_are_told_exactly_once(go: Any, own: bool) -> None:
     tags = TAGS if own else {"user_name": "tester", "tags": [], "system_tags": []}
@@ -524,6 +552,31 @@ def test_since_replays_what_changed(go: Any) -> None:
         ear = hub.client(*resources, since=time.time() + 5 + mflocal.UNNOTICED)
         await settle()
         assert [m["data"]["run"] for m in ear.heard] == [run.id]  # it runs: whatever was missed, this is how it stands
+
+    go(body)
+
+
+def test_a_replay_gives_way(go: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have their turn between its rows: ten thousand of them are 8 MiB."""
+    monkeypatch.setattr(mflocal, "WALK_SLICE", -1.0)  # every chance is taken
+    turn, turns = 0, []
+
+    async def others() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def body(hub: Hub) -> None:
+        for _ in range(40):
+            hub.make_run()
+        ear = hub.client()
+        ear.send_text = lambda text: turns.append(turn) or True  # type: ignore[method-assign, func-returns-value]
+        counting = asyncio.ensure_future(others())
+        hub.say(ear, type="SUBSCRIBE", resource="/runs", uuid="0", since=time.time() - 10)
+        await wait_for(lambda: len(turns) == 40)
+        counting.cancel()
+        assert len(set(turns)) == 40
 
     go(body)
 
