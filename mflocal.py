@@ -1539,16 +1539,15 @@ class Store:
         ids = {"run_number": run.id, "step_name": task.step.name, "task_id": task.id}
         ms, pace, written = now_ms(), Pacer(), []
         records: List[Record] = []
-        free: Dict[str, int] = {}  # file name of a field -> its next ms to try
+        free: Dict[str, int] = {}  # field -> its next ms to try
         try:
             for row in rows:
-                field = metadata_file(row.get("field_name", " "), 0)
+                field = row.get("field_name", " ")
                 at = free.get(field, ms)
-                while os.path.lexists(f"{meta}/{metadata_file(row.get('field_name', ' '), at)}"):
+                while os.path.lexists(path := f"{meta}/{metadata_file(field, at)}"):
                     at += 1
                 free[field] = at + 1
                 record = metadata_record(ids, run.flow, row, at)
-                path = f"{meta}/{metadata_file(record['field_name'], at)}"
                 self._write(path, record)
                 written.append(path)
                 records.append(record)
@@ -1979,6 +1978,8 @@ class Store:
                     total += size
                     runs.append((run.used, size, run))
         gone, before = 0, time.monotonic() - rest
+        if total <= limit:
+            return 0
         for used, size, run in sorted(runs, key=lambda one: one[0]):
             if total - gone <= limit or used > before:
                 break
@@ -10543,7 +10544,7 @@ class Service:
         """Once a second: deadlines of all connections, pings, and the heartbeats of what speaks."""
         import asyncio
 
-        beats = time.monotonic() + SIGNS_INTERVAL
+        beats, trims = time.monotonic() + SIGNS_INTERVAL, time.monotonic() + TASKS_REST
         while True:
             await asyncio.sleep(1.0)
             now = time.monotonic()
@@ -10557,8 +10558,10 @@ class Service:
                     self._expired(connection, now)
             if now >= beats:
                 self.liveness.tick()
-                self.store.trim(self.liveness.runs() | self.subscriptions.runs() | self.ui.runs())
                 beats = now + SIGNS_INTERVAL
+            if now >= trims:
+                self.store.trim(self.liveness.runs() | self.subscriptions.runs() | self.ui.runs())
+                trims = now + TASKS_REST
 
     def _expired(self, connection: Connection, now: float) -> None:
         waiting = connection.writer.transport.get_write_buffer_size()
@@ -11199,13 +11202,19 @@ def _elsewhere(state: State) -> bool:
 
 
 def read_card_roots(directory: str) -> List[str]:
-    """What cards.json in a state directory names; [] when there is none of ours."""
+    """What cards.json in a state directory names; [] when there is none of ours, or it came with a copied project."""
     try:
         with open(_open_private(os.path.join(directory, CARDS_FILE), os.O_RDONLY), "rb") as file:
             found = json.loads(file.read(MAX_STATE_FILE))
     except (OSError, ValueError, RecursionError):
         return []
-    return [place for place in found if isinstance(place, str)] if isinstance(found, list) else []
+    if (
+        not isinstance(found, dict)
+        or found.get("place") != _place(directory)
+        or not isinstance(found.get("roots"), list)
+    ):
+        return []
+    return [root for root in found["roots"] if isinstance(root, str)][-MAX_CARD_ROOTS:]
 
 
 # -- talking to a daemon --
@@ -11854,8 +11863,10 @@ class Host:
         if isinstance(place, str) and os.path.isabs(place) and place not in known:
             known.append(place)
             del known[:-MAX_CARD_ROOTS]
+            directory = self._state.directory
+            record = {"place": _place(directory), "roots": known}
             try:
-                _write_private(os.path.join(self._state.directory, CARDS_FILE), json.dumps(known).encode())
+                _write_private(os.path.join(directory, CARDS_FILE), json.dumps(record).encode())
             except OSError as error:
                 self._log("cannot write %s: %s" % (CARDS_FILE, error))
 

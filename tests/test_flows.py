@@ -14,6 +14,8 @@ import pytest
 from conftest import FLOWS, REPO, Client, clean_env, mflocal, wait_for
 from processes import PYTHON, Started, client_of, daemon_state, flow_env, flow_file
 
+import mflocal as mflocal_module
+
 
 def flow(project: Path, name: str, *words: str, code: int = 0, cwd: Path | None = None, **kwargs: Any) -> str:
     """Runs a flow of tests/flows under `mflocal run`; what it printed."""
@@ -363,6 +365,10 @@ def test_cards_outside_the_root_are_found(project: Path, variable: str) -> None:
         assert found, turn
         mflocal("restart", "--root", str(root), cwd=project, check=True)
     mflocal("stop", "--root", str(root), cwd=project, check=True)
+    state = root / ".metaflow/.mflocal"
+    if (state / "cards.json").exists():  # a checkout that ships it gains nothing: it names the place it was made in
+        shutil.copytree(state, project / "copy", copy_function=shutil.copy2)
+        assert mflocal_module.read_card_roots(str(state)) and not mflocal_module.read_card_roots(str(project / "copy"))
 
 
 def flow_name(root: Path) -> str:
