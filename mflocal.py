@@ -7,35 +7,36 @@ only sections above it. See docs/architecture.md.
 
 from __future__ import annotations
 
+import _socket
 import _thread
-import codecs
-import datetime
 import errno
-import fcntl
-import functools
-import importlib
 import itertools
-import json
-import math
 import operator
 import os
-import re
 import select
-import signal
-import socket
 import stat
-import struct
 import sys
 import time
-import zlib
-from collections import OrderedDict, deque
-from functools import lru_cache
 
 TYPE_CHECKING = False  # as type checkers know it; `typing` itself would cost every command 3 ms
 if TYPE_CHECKING:
     import array
     import asyncio
+    import codecs
+    import collections
+    import datetime
+    import fcntl
+    import functools
+    import importlib
+    import json
+    import math
+    import re
+    import signal
+    import socket
+    import struct
+    import zlib
     from concurrent.futures import ThreadPoolExecutor
+    from functools import lru_cache
     from typing import (
         IO,
         Any,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
         Awaitable,
         Callable,
         Collection,
-        Deque,
         Dict,
         FrozenSet,
         Hashable,
@@ -62,6 +62,8 @@ if TYPE_CHECKING:
         TypeVar,
         Union,
     )
+
+    _Made = TypeVar("_Made")
 else:
 
     class NamedTuple(tuple):
@@ -90,6 +92,58 @@ else:
 
         def _replace(self, **changes):
             return type(self)(**{**self._asdict(), **changes})
+
+    def lru_cache(maxsize):
+        """functools.lru_cache, made at the first call."""
+
+        def decorate(function):
+            made = None
+
+            def call(*args):
+                nonlocal made
+                if made is None:
+                    made = functools.lru_cache(maxsize)(function)
+                return made(*args)
+
+            return call
+
+        return decorate
+
+
+class _Late:
+    """Stands in for a global of this module until it is used, and then puts the real one in its place."""
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.__name__ = name
+        self._make = make
+
+    def _made(self) -> Any:
+        made = globals()[self.__name__] = self._make()
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made(), name)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._made()(*args)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._made()
+
+
+def late(name: str, make: Callable[[], _Made]) -> _Made:
+    """The global `name`, made when it is first used: what a command does not use it does not wait for."""
+    return _Late(name, make)  # type: ignore[return-value]
+
+
+if not TYPE_CHECKING:
+    # Together they take as long as Python itself: half of the time of `mflocal run true`.
+    for _module in (
+        "codecs", "collections", "datetime", "fcntl", "functools", "importlib", "json", "math", "re", "socket",
+        "struct", "zlib",
+    ):  # fmt: skip
+        globals()[_module] = _Late(_module, lambda name=_module: __import__(name))
+    import _signal as signal  # all of `signal` but its enums, which take 3 ms
 
 
 # ---- 1. Settings: limits, flags and environment, which .metaflow ----
@@ -157,6 +211,9 @@ WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a
 RACY_NS = 50_000_000  # a directory changed so recently may change again within one tick of its mtime
 RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
 TASKS_KEPT = 50_000  # tasks kept in memory, about 3 KiB each; runs that are in use may have more
+BLANKS = 64  # empty temp files held ready: what a task of a flow writes, twice
+BLANKS_AT_ONCE = 4  # made without a look at the sockets
+BLANKS_PAUSE = 0.005  # s after an answer, and between two makings
 TASKS_REST = 60.0  # s for which a run that was asked for keeps its tasks
 ROWS_KEPT = 20_000  # metadata and artifact records kept in memory, about 1 KiB each
 LEASE_KEPT = 7 * 86_400  # s after which the runs of a wrapper that never said goodbye are forgotten
@@ -627,7 +684,7 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-_encode = json.JSONEncoder(ensure_ascii=True, check_circular=False).encode
+_encode = late("_encode", lambda: json.JSONEncoder(ensure_ascii=True, check_circular=False).encode)
 
 
 def dumps(value: Any) -> bytes:
@@ -652,7 +709,10 @@ def _finite(text: str) -> float:
     return value
 
 
-_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int).decode
+_decode = late(
+    "_decode",
+    lambda: json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int).decode,
+)
 
 
 def loads(data: bytes) -> Any:
@@ -673,27 +733,26 @@ def loads(data: bytes) -> Any:
 class _LazyPattern:
     """A regular expression, compiled when first used."""
 
-    def __init__(self, pattern: Union[str, bytes], flags: int) -> None:
+    def __init__(self, pattern: Union[str, bytes]) -> None:
         self.pattern = pattern
-        self._flags = flags
 
     def __getattr__(self, name: str) -> Any:
-        compiled = re.compile(self.pattern, self._flags)
+        compiled = re.compile(self.pattern)
         for method in ("match", "fullmatch", "search", "sub"):
             setattr(self, method, getattr(compiled, method))
         return getattr(compiled, name)
 
 
-def lazy_pattern(pattern: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+def lazy_pattern(pattern: AnyStr) -> re.Pattern[AnyStr]:
     """As re.compile, but at first use: compiling the two dozen of this module would cost every command 3 ms."""
-    return _LazyPattern(pattern, flags)  # type: ignore[return-value]
+    return _LazyPattern(pattern)  # type: ignore[return-value]
 
 
 # -- names. What passes here may become a file name; nothing else may.
 
-_RUN_ID = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}").fullmatch
+_RUN_ID = lazy_pattern(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}")
 _RESERVED = frozenset((".", "..", "_meta", "data", "latest_run"))  # the last three are local mode's own
-_CONTROL = re.compile(r"[\x00-\x1f\x7f/]").search
+_CONTROL = lazy_pattern(r"[\x00-\x1f\x7f/]")
 
 
 def is_flow_name(text: str) -> bool:
@@ -703,7 +762,7 @@ def is_flow_name(text: str) -> bool:
 
 def is_run_id(text: str) -> bool:
     """Run and task ids: letters, digits and ._:- but neither `.` nor `..`."""
-    return _RUN_ID(text) is not None and text not in _RESERVED
+    return _RUN_ID.fullmatch(text) is not None and text not in _RESERVED
 
 
 def is_field_name(text: str, overhead: int) -> bool:
@@ -712,7 +771,7 @@ def is_field_name(text: str, overhead: int) -> bool:
     `overhead` is the number of bytes that local mode's file name adds around the name.
     """
     try:
-        return _CONTROL(text) is None and len(text.encode("utf-8")) + overhead <= MAX_FILE_NAME
+        return _CONTROL.search(text) is None and len(text.encode("utf-8")) + overhead <= MAX_FILE_NAME
     except UnicodeEncodeError:
         return False
 
@@ -1284,7 +1343,7 @@ class Pacer:
 # -- the file primitives
 
 
-_scan = json.JSONDecoder().raw_decode
+_scan = late("_scan", lambda: json.JSONDecoder().raw_decode)
 
 
 def read_record(path: str) -> Optional[Record]:
@@ -1327,6 +1386,9 @@ if TYPE_CHECKING:
     RunOrTask = Union[RunNode, TaskNode]
 
 
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
 class Store:
     """The tree below `.metaflow`, indexed in memory and revalidated against the files by every read.
 
@@ -1344,10 +1406,11 @@ class Store:
         self._root_sig = 0
         self._baseline = False
         self._serial = itertools.count()
+        self._blanks: List[str] = []
         self._last_run = 0
         self._tags: Dict[str, str] = {}
         self._unsaved: Set[RunOrTask] = set()
-        self._rows: OrderedDict[Tuple[str, str], Tuple[int, List[Record]]] = OrderedDict()
+        self._rows: collections.OrderedDict[Tuple[str, str], Tuple[int, List[Record]]] = collections.OrderedDict()
         self._rows_held = 0
 
     # -- writing
@@ -1376,8 +1439,9 @@ class Store:
 
     def _write(self, path: str, record: Record) -> None:
         """The one file primitive: a whole file by temp and rename, under the user's umask. Raises Problem."""
-        temp = f"{self._temp}{next(self._serial)}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        temp, flags = f"{self._temp}{next(self._serial)}", _NEW_FILE | os.O_TRUNC
+        if self._blanks:
+            temp, flags = self._blanks.pop(), _NEW_FILE
         try:
             try:
                 fd = os.open(temp, flags, 0o666)
@@ -1397,6 +1461,41 @@ class Store:
             except OSError:
                 pass
             raise disk_problem(error, path) from None
+
+    def blanks_due(self) -> int:
+        """How many temp files prepare() would make."""
+        return BLANKS - len(self._blanks)
+
+    def prepare(self, count: int) -> bool:
+        """Makes up to `count` empty temp files for writes to come; False when there are enough, or none can be made.
+
+        To make a file takes ext4 longer than to fill and rename it, the more so the more were deleted lately.
+        """
+        for _ in range(min(count, self.blanks_due())):
+            temp = f"{self._temp}{next(self._serial)}"
+            try:
+                os.close(os.open(temp, _NEW_FILE, 0o666))
+            except OSError:
+                return False
+            self._blanks.append(temp)
+        return self.blanks_due() > 0
+
+    def discard_blanks(self) -> None:
+        """Removes what prepare() has made."""
+        _remove(self._blanks)
+        self._blanks = []
+
+    def _open_own(self, path: str, flags: int = 0) -> int:
+        """open(2) for writing of a file that only we write; a new one comes from what prepare() made."""
+        try:
+            return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
+        except FileNotFoundError:
+            if self._blanks:
+                try:
+                    os.rename(self._blanks.pop(), path)
+                except OSError:
+                    pass  # it was tidied up, or there is no such folder: the next call tells
+            return os.open(path, _NEW_FILE | flags, 0o666)
 
     def _make(self, node: Node, record: Record, claimed: bool = False) -> bool:
         """Makes a new object's directories and `_self.json`; False when it exists already.
@@ -1651,8 +1750,11 @@ class Store:
             signs.lease = lease
             self._save_signs(run)
             try:
-                with open(self._lease_file(lease), "a", encoding="utf-8") as file:
-                    file.write(f"{run.flow}/{run.id}\n")
+                fd = self._open_own(self._lease_file(lease), os.O_APPEND)
+                try:
+                    os.write(fd, f"{run.flow}/{run.id}\n".encode())
+                finally:
+                    os.close(fd)
             except OSError:
                 pass  # only a restart under this very lease would miss it
 
@@ -1699,9 +1801,7 @@ class Store:
             saved["beats"] = True
         data = dumps(saved)
         try:
-            fd = os.open(
-                f"{node.path}/_meta/{SIGNS_FILE}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-            )
+            fd = self._open_own(f"{node.path}/_meta/{SIGNS_FILE}")
             try:
                 os.pwrite(fd, data.ljust(max(128, os.fstat(fd).st_size - 1)) + b"\n", 0)
             finally:
@@ -2959,7 +3059,7 @@ NOT_GROUPED = frozenset(
 _STATUSES = frozenset(("running", "completed", "failed"))
 _OPERATORS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "co", "sw", "ew", "li", "is"))
 _EPOCHS = frozenset(("ts_epoch", "last_heartbeat_ts"))
-_INTEGER = lazy_pattern(r"\s*[+-]?[0-9]{1,19}\s*", re.ASCII)
+_INTEGER = lazy_pattern(r"(?a:\s*[+-]?[0-9]{1,19}\s*)")
 _INT8 = 2**63
 _COMPARE: Dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
@@ -3050,11 +3150,12 @@ def _finder(piece: List[str]) -> Callable[[str, int], int]:
 
 
 _RE_PACKAGE = sys.version_info >= (3, 11)
-_re_parser: Any = importlib.import_module("re._parser" if _RE_PACKAGE else "sre_parse")
-_re_compiler: Any = importlib.import_module("re._compiler" if _RE_PACKAGE else "sre_compile")
+_re_parser: Any = late("_re_parser", lambda: importlib.import_module("re._parser" if _RE_PACKAGE else "sre_parse"))
+_re_compiler: Any = late(
+    "_re_compiler", lambda: importlib.import_module("re._compiler" if _RE_PACKAGE else "sre_compile")
+)
 _LEAVES = frozenset(("LITERAL", "NOT_LITERAL", "ANY", "IN"))
 _SPECIAL = frozenset("\\.^$*+?{}[]()|")
-_ALPHABETS = re.ASCII | re.UNICODE  # (?a:...) and (?u:...) replace one another
 
 
 class _Unsupported(Exception):
@@ -3113,7 +3214,8 @@ class _Automaton:
             return self._node("at", _place_test(value.name, flags), after)
         if name == "SUBPATTERN":
             _, add, remove, tree = value
-            kept = flags & ~_ALPHABETS if add & _ALPHABETS else flags
+            alphabets = re.ASCII | re.UNICODE  # (?a:...) and (?u:...) replace one another
+            kept = flags & ~alphabets if add & alphabets else flags
             return self._sequence(tree, (kept | add) & ~remove, after)
         if name == "BRANCH":
             return self._node("split", [self._sequence(tree, flags, after) for tree in value[1]])
@@ -4029,9 +4131,13 @@ _OLD_MODULES["pathlib._local"] = "pathlib"
 _OLD_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
 # Functions of numpy, pandas and copyreg that make an object of the class they get first.
 _RECONSTRUCTORS = frozenset(("_reconstructor", "_reconstruct", "__newobj__", "__newobj_ex__", "_new_Index"))
-_PLAIN_KINDS = frozenset(
-    (str, int, float, bool, type(None), bytes, complex, range, PickledName, PickledObject, PlainValue)
-    + (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)
+_KINDS_OF_TIME = ("datetime", "date", "time", "timedelta", "timezone")
+_PLAIN_KINDS = late(
+    "_PLAIN_KINDS",
+    lambda: frozenset(
+        [str, int, float, bool, type(None), bytes, complex, range, PickledName, PickledObject, PlainValue]
+        + [getattr(datetime, name) for name in _KINDS_OF_TIME]
+    ),
 )
 
 
@@ -4046,7 +4152,7 @@ def _args_are(*kinds: type) -> Callable[[Sequence[Any]], bool]:
     return fits
 
 
-def _make_moment(kind: Callable[..., Any], size: int) -> Callable[..., Any]:
+def _make_moment(kind: str, size: int) -> Callable[..., Any]:
     """A date, time or datetime from the packed bytes that its pickle holds, with a fixed offset at most."""
 
     def make(packed: Any, *zone: Any) -> Any:
@@ -4054,7 +4160,7 @@ def _make_moment(kind: Callable[..., Any], size: int) -> Callable[..., Any]:
             raise TypeError
         if zone and type(zone[0]) is not datetime.timezone:
             raise TypeError
-        return kind(packed, *zone)
+        return getattr(datetime, kind)(packed, *zone)
 
     return make
 
@@ -4142,9 +4248,9 @@ def _make_frame(*fields: Any) -> Any:
 
 
 _MAKERS: Dict[Tuple[str, str], Callable[..., Any]] = {
-    ("datetime", "datetime"): _make_moment(datetime.datetime, 10),
-    ("datetime", "date"): _make_moment(datetime.date, 4),
-    ("datetime", "time"): _make_moment(datetime.time, 6),
+    ("datetime", "datetime"): _make_moment("datetime", 10),
+    ("datetime", "date"): _make_moment("date", 4),
+    ("datetime", "time"): _make_moment("time", 6),
     ("datetime", "timedelta"): _make_span,
     ("datetime", "timezone"): _make_timezone,
     ("builtins", "complex"): _make_complex,
@@ -4844,7 +4950,7 @@ _SHA = lazy_pattern(r"[0-9a-f]{6,128}")
 _TYPE = lazy_pattern(r"<(?:class|type) '([^'<>]{1,200})'>")
 _PICKLES = frozenset(["pickle-v2", "pickle-v4", "gzip+pickle-v2", "gzip+pickle-v4", "", None])
 _task_index_lock = _thread.allocate_lock()  # a threading.Lock without the 1 ms that importing it takes
-_task_indexes: OrderedDict[Tuple[str, ...], Tuple[Tuple[int, int, int], Dict[str, Any]]] = OrderedDict()
+_task_indexes: Dict[Tuple[str, ...], Tuple[Tuple[int, int, int], Dict[str, Any]]] = {}  # the latest used last
 
 
 def _task_index(metaflow_dir: str, parts: Tuple[str, ...]) -> Dict[str, Any]:
@@ -4859,7 +4965,7 @@ def _task_index(metaflow_dir: str, parts: Tuple[str, ...]) -> Dict[str, Any]:
         with _task_index_lock:
             known = _task_indexes.get(key)
             if known is not None and known[0] == mark:
-                _task_indexes.move_to_end(key)
+                _task_indexes[key] = _task_indexes.pop(key)
                 return known[1]
         if now.st_size > TASK_INDEX_BYTES:
             return {}
@@ -4871,7 +4977,7 @@ def _task_index(metaflow_dir: str, parts: Tuple[str, ...]) -> Dict[str, Any]:
     with _task_index_lock:
         _task_indexes[key] = (mark, info)
         while len(_task_indexes) > TASK_INDEX_CACHE:
-            _task_indexes.popitem(last=False)
+            del _task_indexes[next(iter(_task_indexes))]
     return info
 
 
@@ -5045,7 +5151,7 @@ def _decode_artifact(
 
 
 _INCLUDED_FILE = ("metaflow.includefile", "IncludedFile")
-_INCLUDED = lazy_pattern(r"local://.*/([^/]+)/([0-9a-f]{40})", re.S)
+_INCLUDED = lazy_pattern(r"(?s:local://.*/([^/]+)/([0-9a-f]{40}))")
 
 
 def _read_included(
@@ -5335,8 +5441,6 @@ LOG_STREAMS = ("stdout", "stderr")
 _LOG_SOURCES = ("runtime", "task")
 _LOG_USUAL = lazy_pattern(rb"\[MFLOG\|0\|([0-9-]{10}T[0-9:]{8})\.([0-9]{6})Z\|[^|\]\n]{1,40}\|[^|\]\n]{1,80}\]")
 _LOG_HEAD = lazy_pattern(rb"(?:\[!)?\[MFLOG\|0\|(.+?)Z\|.+?\|.+?\]")
-_LOG_EPOCH = datetime.datetime(1970, 1, 1)
-_LOG_MICROSECOND = datetime.timedelta(microseconds=1)
 _LOG_BLOCK = 1024 * 1024
 
 
@@ -5353,12 +5457,13 @@ class LogPage(NamedTuple):
 def _log_time(text: bytes) -> Optional[int]:
     """Microseconds since the epoch of "2026-11-21T22:34:49.336837" (UTC)."""
     try:
-        return (datetime.datetime.fromisoformat(text.decode("ascii")) - _LOG_EPOCH) // _LOG_MICROSECOND
+        moment = datetime.datetime.fromisoformat(text.decode("ascii"))
+        return (moment - datetime.datetime(1970, 1, 1)) // datetime.timedelta(microseconds=1)
     except (ValueError, TypeError):
         return None
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def _log_second(text: bytes) -> Optional[int]:
     """The same for whole seconds; neighbouring lines share them."""
     return _log_time(text)
@@ -5560,7 +5665,7 @@ class _TaskLog:
 
 
 _logs_lock = _thread.allocate_lock()
-_logs: OrderedDict[Tuple[str, ...], _TaskLog] = OrderedDict()
+_logs: Dict[Tuple[str, ...], _TaskLog] = {}
 
 
 def _task_log(key: Tuple[str, ...], names: Sequence[str]) -> _TaskLog:
@@ -7391,7 +7496,7 @@ if TYPE_CHECKING:
     _Got = TypeVar("_Got")
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _reader_pool() -> ThreadPoolExecutor:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -7882,7 +7987,7 @@ def _own_id(value: Any, what: str) -> Optional[str]:
     return value
 
 
-_BEAT = json_response('{"wait_time_in_seconds": 10}')
+_BEAT = Response(200, rb'"{\"wait_time_in_seconds\": 10}"', JSON_TYPE)
 
 
 def _beat_answer() -> Response:
@@ -7922,7 +8027,7 @@ async def search_texts(pattern: str, groups: List[List[str]]) -> List[bool]:
         return await _search_outside(pattern, groups)
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _searchers() -> Any:
     import asyncio
 
@@ -8513,7 +8618,7 @@ class Subscriptions:
         self._log = log or (lambda text: None)
         self._index: Dict[Tuple[str, Optional[str], Optional[str]], Dict[_Subscription, None]] = {}
         self._count = 0
-        self._pending: Deque[_Pending] = deque()
+        self._pending: collections.deque[_Pending] = collections.deque()
         self._wake: Optional[asyncio.Event] = None
         self._tasks: List[asyncio.Task[None]] = []
         self._forget()
@@ -10047,7 +10152,7 @@ def _search_slice(
     return matches_found
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _search_pool() -> ThreadPoolExecutor:
     """One thread for all searches: they take long, and logs, cards and parameters must not wait for them."""
     from concurrent.futures import ThreadPoolExecutor
@@ -10485,6 +10590,7 @@ class Service:
         self.connections: Set[Connection] = set()
         self.draining = False
         self._stopped: Optional[asyncio.Event] = None
+        self._preparing = False
         self._hurry = False
         self._used = time.monotonic()
         self._limit = MAX_CONNECTIONS
@@ -10511,6 +10617,7 @@ class Service:
             await self._drain()
             sweeper.cancel()
             self.store.flush_signs()
+            self.store.discard_blanks()
 
     def stop(self, now: bool = False) -> None:
         """Begins to drain; `now`, or a second call, does not wait for requests in flight."""
@@ -10581,6 +10688,14 @@ class Service:
         connection.writer.close()
         if connection.writer.transport.get_write_buffer_size():
             connection.abort()
+
+    def _prepare(self) -> None:
+        """Makes some of the files that the next answers write, while their clients have other things to do."""
+        import asyncio
+
+        self._preparing = not self.draining and self.store.prepare(BLANKS_AT_ONCE)
+        if self._preparing:
+            asyncio.get_running_loop().call_later(BLANKS_PAUSE, self._prepare)
 
     # -- idleness
 
@@ -10722,6 +10837,7 @@ class Service:
 
     async def _answer(self, connection: Connection, request: Request) -> bool:
         """Answers one request; False when the connection is over."""
+        import asyncio
         import traceback
 
         # What the daemon is asked about itself is no use of it.
@@ -10761,6 +10877,9 @@ class Service:
                 result = problem_response(Problem(500, "the answer cannot be sent; see `mflocal logs`"))
                 data = result.encode(request, close=close)
             connection.writer.write(data)
+            if self.store.blanks_due() and not self._preparing:
+                self._preparing = True
+                asyncio.get_running_loop().call_later(BLANKS_PAUSE, self._prepare)
             if result.stream is not None and request.method != "HEAD":
                 await self._stream(connection, request, result)
             if self.settings.debug:
@@ -10959,13 +11078,12 @@ def _unlink(path: str) -> None:
 # -- where the state is --
 
 
-def state_dirs(settings: Settings) -> List[str]:
+def state_dirs(settings: Settings) -> Iterator[str]:
     """The directories that may hold this root's state: its own, and the one used where that has no locks.
 
     The second is $XDG_RUNTIME_DIR/mflocal/<hash of the root>, or one under the temporary directory.
     """
-    import zlib
-
+    yield settings.state_dir
     # Two checksums of different kinds make 16 hex digits without importing hashlib, which costs 3 ms.
     name = os.fsencode(os.path.realpath(settings.metaflow_dir))
     key = "%08x%08x" % (zlib.crc32(name), zlib.adler32(name))
@@ -10973,8 +11091,9 @@ def state_dirs(settings: Settings) -> List[str]:
     if not (os.path.isabs(runtime) and os.path.isdir(runtime)):
         runtime = os.environ.get("TMPDIR", "")
         runtime = runtime if os.path.isdir(runtime) else "/tmp"
-        return [settings.state_dir, os.path.join(runtime, "mflocal-%d" % os.geteuid(), key)]
-    return [settings.state_dir, os.path.join(runtime, "mflocal", key)]
+        yield os.path.join(runtime, "mflocal-%d" % os.geteuid(), key)
+    else:
+        yield os.path.join(runtime, "mflocal", key)
 
 
 def _make_metaflow_dir(settings: Settings) -> None:
@@ -11102,6 +11221,8 @@ class State:
     def options(self) -> Dict[str, Any]:
         """The options the daemon was started with: names and values as in Settings."""
         found = self.record.get("options")
+        if isinstance(found, str):
+            found = self.record["options"] = _from_json(found)
         return found if isinstance(found, dict) else {}
 
     @property
@@ -11117,8 +11238,9 @@ class State:
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.port)
 
     def save(self) -> None:
-        """Write daemon.json. Raises OSError."""
-        data = json.dumps(self.record, indent=1).encode()
+        """Write daemon.json, a member on each line, for _members(). Raises OSError."""
+        members = [" %s: %s" % (json.dumps(name), json.dumps(value)) for name, value in self.record.items()]
+        data = ("{\n%s\n}\n" % ",\n".join(members)).encode()
         _write_private(os.path.join(self.directory, STATE_FILE), data)
 
     def is_ours(self) -> bool:
@@ -11132,6 +11254,41 @@ class State:
             _unlink(os.path.join(self.directory, STATE_FILE))
 
 
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _members(text: str) -> Optional[Dict[str, Any]]:
+    """daemon.json read without `json`, which takes as long to load as all else that `run` does.
+
+    "options" stays JSON text, see State. None for what is not as simple as save() writes it mostly.
+    """
+    lines = text.split("\n")
+    if lines[0] != "{" or lines[-2:] != ["}", ""] or "\\" in text:
+        return None
+    record: Dict[str, Any] = {}
+    try:
+        for line in lines[1:-2]:
+            name, _, value = line.strip().rstrip(",").partition(": ")
+            name = name.strip('"')
+            if value[:1] == '"' == value[-1:]:
+                record[name] = value[1:-1]
+            elif value[:1] == "[":
+                record[name] = [int(number) for number in value[1:-1].split(", ")]
+            elif name == "options":
+                record[name] = value
+            elif value == "null":
+                record[name] = None
+            else:
+                record[name] = float(value) if "." in value else int(value)
+    except ValueError:
+        return None
+    return record
+
+
 def read_state(directory: str) -> Optional[State]:
     """What daemon.json in `directory` says, or None if it is absent, half, foreign or from elsewhere."""
     try:
@@ -11143,10 +11300,8 @@ def read_state(directory: str) -> Optional[State]:
     data = _read_private(os.path.join(directory, STATE_FILE))
     if data is None:
         return None
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
+    text = data.decode("utf-8", "replace")
+    record = _members(text) or _from_json(text)
     kinds = {"instance": str, "token": str, "pid": int, "port": int, "host": str, "root": str}
     if not isinstance(record, dict) or record.get("schema") != STATE_SCHEMA:
         return None
@@ -11163,8 +11318,8 @@ def host_name() -> str:
 def boot_id() -> str:
     """Changes with every boot; "" where the system has none."""
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return file.read().strip().decode("latin-1")
     except OSError:
         return ""
 
@@ -11193,7 +11348,7 @@ def _place(directory: str) -> List[int]:
 def _stale(state: State) -> bool:
     """True if the file is from before the last boot, from another machine, or came here with a copied project."""
     copied = state.record.get("place") != _place(state.directory)
-    return copied or (bool(boot_id()) and state.record.get("boot_id") != boot_id())
+    return copied or boot_id() not in ("", state.record.get("boot_id"))
 
 
 def _elsewhere(state: State) -> bool:
@@ -11228,8 +11383,8 @@ class Link:
         self._state = state
         self._rest = b""  # of an answer after the one that was read
         self.due = 0  # answers not read yet
-        family = socket.AF_INET6 if ":" in state.address else socket.AF_INET
-        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        family = _socket.AF_INET6 if ":" in state.address else _socket.AF_INET
+        self.sock = _socket.socket(family, _socket.SOCK_STREAM)  # `socket` around it takes 5 ms to load
         try:
             self.sock.settimeout(timeout)
             self.sock.connect((state.address, state.port))
@@ -11237,9 +11392,8 @@ class Link:
             self.sock.close()
             raise
 
-    def send(self, method: str, path: str, body: Any = None, secret: bool = True) -> None:
-        """Send one request; `secret` adds the control token. Raises OSError."""
-        data = b"" if body is None else json.dumps(body).encode()
+    def send(self, method: str, path: str, data: bytes = b"", secret: bool = True) -> None:
+        """Send one request with a body of JSON; `secret` adds the control token. Raises OSError."""
         host = self._state.url[len("http://") :]
         lines = ["%s %s HTTP/1.1" % (method, path), "host: " + host, "content-length: %d" % len(data)]
         if data:
@@ -11249,8 +11403,8 @@ class Link:
         self.sock.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + data)
         self.due += 1
 
-    def receive(self) -> Tuple[int, Any]:
-        """(status, JSON body) of the next answer. Raises OSError, ValueError for what is not one."""
+    def receive(self) -> Tuple[int, bytes]:
+        """(status, body) of the next answer. Raises OSError, ValueError and IndexError for what is not one."""
         data = self._rest
         while b"\r\n\r\n" not in data:
             part = self.sock.recv(65536)
@@ -11271,12 +11425,13 @@ class Link:
             body += part
         body, self._rest = body[:length], body[length:]
         self.due -= 1
-        return int(lines[0].split(" ")[1]), json.loads(body) if body else None
+        return int(lines[0].split(" ")[1]), body
 
-    def ask(self, method: str, path: str, body: Any = None, secret: bool = True) -> Tuple[int, Any]:
-        """send and receive."""
-        self.send(method, path, body, secret)
-        return self.receive()
+    def ask(self, method: str, path: str, body: Any = None) -> Tuple[int, Any]:
+        """(status, what its JSON holds) of the answer to a request. Raises as receive()."""
+        self.send(method, path, b"" if body is None else json.dumps(body).encode())
+        status, data = self.receive()
+        return status, json.loads(data) if data else None
 
     def close(self) -> None:
         """Close the connection."""
@@ -11295,8 +11450,9 @@ def open_link(state: State) -> Optional[Link]:
     except OSError:
         return None
     try:
-        status, body = link.ask("GET", "/_mflocal/id", secret=False)
-        if status == 200 and isinstance(body, dict) and body.get("instance") == state.instance:
+        link.send("GET", "/_mflocal/id", secret=False)
+        status, body = link.receive()
+        if status == 200 and b'"%b"' % state.instance.encode() in body:
             return link
     except (OSError, ValueError, IndexError):
         pass
@@ -11779,7 +11935,7 @@ class Host:
         self.service.stop(now=now)
 
     def _on_signal(self, number: int) -> None:
-        self.begin_stop(signal.Signals(number).name)
+        self.begin_stop("SIGTERM" if number == signal.SIGTERM else "SIGINT")
 
     async def _watch(self) -> None:
         """Idle stop, vanished root, successor: one look per tick."""
@@ -12201,7 +12357,7 @@ def lease_headers(config: ClientConfig, lease: str) -> str:
             raise SettingsError("%s is not JSON" % name) from None
     if value is not None and not isinstance(value, dict):
         raise SettingsError("%s must be a JSON object" % name)
-    return json.dumps({**(value or {}), "x-mflocal-lease": lease})
+    return json.dumps({**value, "x-mflocal-lease": lease}) if value else '{"x-mflocal-lease": "%s"}' % lease
 
 
 # -- does the Python that runs CMD have Metaflow extensions? --
@@ -12449,6 +12605,13 @@ def _compare(settings: Settings, running: Running) -> None:
         complain("the running daemon keeps its options (%s); `mflocal restart` changes them" % ", ".join(other))
 
 
+def _json_text(text: str) -> str:
+    """json.dumps, without loading it for text of no surprises."""
+    if text.isascii() and text.isprintable() and not set(text) & {'"', "\\"}:
+        return '"%s"' % text
+    return json.dumps(text)
+
+
 class _Ended(Exception):
     """CMD cannot go on: its daemon is gone for good."""
 
@@ -12485,7 +12648,7 @@ class _Wrapper:
             # A shell reports the signal that ended its flow as 128 + N.
             if self._ready_fd < 0 and self._status is not None and _exit_code(self._status) < 128:
                 self._link.sock.settimeout(1.0)
-                self._link.send("POST", "/_mflocal/lease", {"lease": self._lease, "ended": True})
+                self._link.send("POST", "/_mflocal/lease", b'{"lease": "%b", "ended": true}' % self._lease.encode())
                 while self._link.due:
                     self._link.receive()
         except (OSError, ValueError, IndexError):
@@ -12577,7 +12740,8 @@ class _Wrapper:
         try:
             if not self._link:
                 self._link = Link(self._running.state)
-            self._link.send("POST", "/_mflocal/lease", {"lease": self._lease, "cards": self._cards})
+            cards = _json_text(self._cards) if self._cards else "null"
+            self._link.send("POST", "/_mflocal/lease", ('{"lease": "%s", "cards": %s}' % (self._lease, cards)).encode())
         except OSError:
             if self._ready_fd < 0:
                 self._lost()

@@ -633,7 +633,9 @@ def test_modes_follow_the_umask_but_never_for_our_own(make_service: Callable[...
     assert {stat.S_IMODE(p.stat().st_mode) for p in folders} == {0o777 & ~umask}
     own = metaflow_dir / ".mflocal"
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(p.stat().st_mode) & 0o077 for p in own.rglob("*")} == {0}
+    # What lies ready in tmp is empty and becomes files of the tree: it has their mode, behind a folder that has not.
+    assert {stat.S_IMODE(p.stat().st_mode) & 0o077 for p in own.rglob("*") if p.parent.name != "tmp"} == {0}
+    assert {p.stat().st_size for p in (own / "tmp").iterdir()} <= {0}
 
 
 FULL_DISK = """
