@@ -12593,10 +12593,11 @@ def _compare(settings: Settings, running: Running) -> None:
     """Say so if a running daemon has other options than the ones asked for."""
     if running.how != "reused":
         return
-    record, options, other = running.state.record, running.state.options, []
+    state, other = running.state, []
     for field in sorted(settings.asked - {"root", "heartbeats", "ui_bundle"}):
         wanted = getattr(settings, field)
-        has = record.get(field) if field in ("port", "auth_key", "host") else options.get(field, wanted)
+        own = field in ("port", "auth_key", "host")
+        has = state.record.get(field) if own else state.options.get(field, wanted)
         if (list(wanted) if isinstance(wanted, tuple) else wanted) == has or (field, wanted) == ("port", 0):
             continue
         flag, env, _ = OPTIONS[field]

@@ -20,6 +20,8 @@ from typing import Any, Iterator
 
 import pytest
 from conftest import MODULE, Client, clean_env, mflocal, wait_for
+from hypothesis import given
+from hypothesis import strategies as st
 
 import mflocal as module
 
@@ -719,6 +721,44 @@ class Impostor(threading.Thread):
                 connection.close()
             except OSError:
                 return
+
+
+@pytest.mark.parametrize("options", [[], ["-q"], ["--root", "."]])
+def test_a_run_beside_a_running_daemon_loads_nothing_but_the_module(project: Path, options: list[str]) -> None:
+    """Its time is a part of every flow's: `json`, `re`, `signal` and `socket` take longer than Python's own start."""
+    start(project)
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(MODULE.parent)!r}); had = set(sys.modules); import mflocal\n"
+        "end, os._exit = os._exit, lambda code: (print(code, *sorted(set(sys.modules) - had), flush=True), end(code))\n"
+        "sys.argv = ['mflocal', *sys.argv[1:]]; mflocal.console()"
+    )
+    command = [PYTHON, "-I", "-S", "-c", code, "run", *options, "--", "true"]
+    done = subprocess.run(command, cwd=project, env=clean_env(), capture_output=True, text=True)
+    status, *loaded = done.stdout.split()
+    assert status == "0" and "reused" in done.stderr or "-q" in options, done
+    wanted = {"__future__", "_operator", "_socket", "errno", "itertools", "mflocal", "operator", "select"}
+    wanted |= {"linecache", "_opcode"}  # of `python -c` itself, in some versions
+    assert set(loaded) <= wanted
+
+
+odd = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('"\\,:[]{} \n\u2028\x85\x7f'), max_size=20)
+values = odd | st.none() | st.integers(0, 2**63) | st.floats(allow_nan=False) | st.lists(st.integers(0, 9), max_size=3)
+
+
+@given(st.dictionaries(st.sampled_from(["auth_key", "ui", "started_at", "more"]), values), odd, odd)
+def test_daemon_json_is_read_as_it_was_written(more: dict[str, Any], root: str, option: str) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o700)
+        settings = module.make_settings({"root": place}, {})
+        state = module.new_state(settings._replace(root=root), place, 8080, 1)
+        state.record["options"]["host"] = option
+        state.record.update(more)
+        state.save()
+        found = module.read_state(place)
+        assert found is not None
+        written = json.loads(Path(place, "daemon.json").read_text())
+        assert (found.options, found.record) == (written["options"], written)
+        assert (written["root"], written["options"]["host"]) == (root, option)
 
 
 @pytest.mark.parametrize("how", ["wrong instance", "readable", "link", "schema", "half", "directory", "boot", "place"])

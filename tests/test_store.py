@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import REPO, Client
+from conftest import REPO, Client, wait_for
 from meta_shared import script
+from wire import Served
 
 import mflocal
 
@@ -638,6 +639,61 @@ def test_modes_follow_the_umask_but_never_for_our_own(make_service: Callable[...
     assert {p.stat().st_size for p in (own / "tmp").iterdir()} <= {0}
 
 
+# -- files made ahead
+
+
+def test_files_made_ahead_are_what_writes_fill(store: mflocal.Store, metaflow_dir: Path) -> None:
+    temp = metaflow_dir / ".mflocal/tmp"
+    while store.prepare(10):
+        pass
+    ready = {path.stat().st_ino for path in temp.iterdir()}
+    assert len(ready) == mflocal.BLANKS and not store.prepare(10)
+    task = a_task(store)
+    asyncio.run(store.add_metadata(task, [{"field_name": "a", "value": "v"}]))
+    written = [path for path in (metaflow_dir / "F").rglob("*.json")]
+    assert written and {path.stat().st_ino for path in written} <= ready
+    assert all(json.loads(path.read_text()) for path in written)
+    left = {path.stat().st_ino for path in temp.iterdir()}
+    assert left == ready - {path.stat().st_ino for path in written}
+    assert store.blanks_due() == len(written)
+    store.discard_blanks()
+    assert children(temp) == [] and store.blanks_due() == mflocal.BLANKS
+
+
+@pytest.mark.parametrize("what", ["files", "folder"])
+def test_files_made_ahead_may_be_tidied_up(store: mflocal.Store, metaflow_dir: Path, what: str) -> None:
+    temp = metaflow_dir / ".mflocal/tmp"
+    store.prepare(mflocal.BLANKS)
+    shutil.rmtree(temp)
+    if what == "files":
+        temp.mkdir()
+    task = a_task(store)
+    store.set_lease(task.run, "abc")
+    store.beat(task.run, int(time.time()))
+    asyncio.run(store.add_metadata(task, [{"field_name": "a", "value": "v"}]))
+    assert all(json.loads(path.read_text()) for path in (metaflow_dir / "F").rglob("*.json"))
+    assert asyncio.run(open_store(metaflow_dir, "other").metadata(task))[0]["value"] == "v"
+
+
+def test_without_room_for_files_made_ahead_writes_go_on(store: mflocal.Store, metaflow_dir: Path) -> None:
+    temp = metaflow_dir / ".mflocal/tmp"
+    temp.rmdir()
+    assert not store.prepare(1) and store.blanks_due() == mflocal.BLANKS
+    assert not (metaflow_dir / ".mflocal/tmp").exists()  # an idle daemon makes no folder again
+    assert a_task(store).id == "1"
+
+
+def test_the_daemon_makes_files_ahead_and_takes_them_with_it(tmp_path: Path) -> None:
+    temp = tmp_path / ".metaflow/.mflocal/tmp"
+    with Served(tmp_path) as served:
+        assert children(temp) == []  # nothing was written yet
+        served.task()
+        wait_for(lambda: len(children(temp)) == mflocal.BLANKS)
+        served.task()
+        wait_for(lambda: len(children(temp)) == mflocal.BLANKS)
+    assert children(temp) == []
+
+
 FULL_DISK = """
 import asyncio, json, os, sys; sys.path.insert(0, sys.argv[1])
 import mflocal
@@ -1008,7 +1064,9 @@ def test_both_ways_of_running_leave_the_same_files(ran: dict[str, Any]) -> None:
             for rank, task in enumerate(tasks):
                 for path in (task / "_meta").iterdir():
                     name = re.sub(r"_\d{13}\.json$", "", path.name)
-                    shape[f"{step}/{rank}/{name}"] = frozenset(json.loads(path.read_text())) if name != "_mflocal.json" else None
+                    shape[f"{step}/{rank}/{name}"] = (
+                        frozenset(json.loads(path.read_text())) if name != "_mflocal.json" else None
+                    )
         shapes.append({k: v for k, v in shape.items() if v is not None})
     assert shapes[0] == shapes[1]
 
