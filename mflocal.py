@@ -173,7 +173,7 @@ LINGER_TIMEOUT = 3.0  # s that what a refused client still sends is dropped, so 
 WRITE_TIMEOUT = 30.0  # s without progress while a peer does not read its answer
 KEEP_ALIVE_TIMEOUT = 75.0  # s of silence between requests; never on connections that speak for work
 MAX_CONNECTIONS = 4096  # or RLIMIT_NOFILE - SPARE_FILES if that is less; more get 503 and close
-SPARE_FILES = 64  # descriptors kept for the store, log, lock and listening socket
+SPARE_FILES = 96  # descriptors kept for the store and its BLANKS, log, lock and listening socket
 BACKLOG = 512  # connections queue here while the daemon still imports (the kernel may cap it)
 
 # WebSocket. Messages from the UI are subscriptions and keep-alives, under 1 KiB.
@@ -211,9 +211,8 @@ WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a
 RACY_NS = 50_000_000  # a directory changed so recently may change again within one tick of its mtime
 RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
 TASKS_KEPT = 50_000  # tasks kept in memory, about 3 KiB each; runs that are in use may have more
-BLANKS = 64  # empty temp files held ready: what a task of a flow writes, twice
-BLANKS_AT_ONCE = 4  # made without a look at the sockets
-BLANKS_PAUSE = 0.005  # s after an answer, and between two makings
+BLANKS = 32  # empty files held open for the next writes
+BLANKS_AT_ONCE = 16  # made after one answer
 TASKS_REST = 60.0  # s for which a run that was asked for keeps its tasks
 ROWS_KEPT = 20_000  # metadata and artifact records kept in memory, about 1 KiB each
 LEASE_KEPT = 7 * 86_400  # s after which the runs of a wrapper that never said goodbye are forgotten
@@ -1386,9 +1385,6 @@ if TYPE_CHECKING:
     RunOrTask = Union[RunNode, TaskNode]
 
 
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
 class Store:
     """The tree below `.metaflow`, indexed in memory and revalidated against the files by every read.
 
@@ -1406,7 +1402,7 @@ class Store:
         self._root_sig = 0
         self._baseline = False
         self._serial = itertools.count()
-        self._blanks: List[str] = []
+        self._blanks: List[Tuple[int, str]] = []
         self._last_run = 0
         self._tags: Dict[str, str] = {}
         self._unsaved: Set[RunOrTask] = set()
@@ -1439,63 +1435,66 @@ class Store:
 
     def _write(self, path: str, record: Record) -> None:
         """The one file primitive: a whole file by temp and rename, under the user's umask. Raises Problem."""
-        temp, flags = f"{self._temp}{next(self._serial)}", _NEW_FILE | os.O_TRUNC
-        if self._blanks:
-            temp, flags = self._blanks.pop(), _NEW_FILE
+        data = dumps(record)
         try:
             try:
-                fd = os.open(temp, flags, 0o666)
+                self._publish(data, path)
             except FileNotFoundError:  # somebody tidied up; our own folder is made again, never .metaflow
-                os.mkdir(self.temp_dir, 0o700)
-                fd = os.open(temp, flags, 0o666)
+                self.discard_blanks()
+                if not os.path.lexists(self.temp_dir):
+                    os.mkdir(self.temp_dir, 0o700)
+                self._publish(data, path)
+        except OSError as error:
+            raise disk_problem(error, path) from None
+
+    def _publish(self, data: bytes, path: str) -> None:
+        fd, temp = self._blanks.pop() if self._blanks else self._new_file()
+        try:
             try:
-                data = dumps(record)
                 while data:
                     data = data[os.write(fd, data) :]
             finally:
                 os.close(fd)
             os.rename(temp, path)
-        except OSError as error:
-            try:
-                os.unlink(temp)
-            except OSError:
-                pass
-            raise disk_problem(error, path) from None
+        except OSError:
+            _remove([temp])
+            raise
 
-    def blanks_due(self) -> int:
-        """How many temp files prepare() would make."""
-        return BLANKS - len(self._blanks)
-
-    def prepare(self, count: int) -> bool:
-        """Makes up to `count` empty temp files for writes to come; False when there are enough, or none can be made.
+    def prepare(self) -> None:
+        """Opens some of the files that the next writes fill, to be called when nobody waits for an answer.
 
         To make a file takes ext4 longer than to fill and rename it, the more so the more were deleted lately.
         """
-        for _ in range(min(count, self.blanks_due())):
-            temp = f"{self._temp}{next(self._serial)}"
-            try:
-                os.close(os.open(temp, _NEW_FILE, 0o666))
-            except OSError:
-                return False
-            self._blanks.append(temp)
-        return self.blanks_due() > 0
+        try:
+            for _ in range(min(BLANKS_AT_ONCE, BLANKS - len(self._blanks))):
+                self._blanks.append(self._new_file())
+        except OSError:
+            pass  # the next write says what is wrong
+
+    def _new_file(self) -> Tuple[int, str]:
+        """(descriptor, path) of a new, empty file in our folder for them. Raises OSError."""
+        temp = f"{self._temp}{next(self._serial)}"
+        return os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), temp
 
     def discard_blanks(self) -> None:
         """Removes what prepare() has made."""
-        _remove(self._blanks)
-        self._blanks = []
+        blanks, self._blanks = self._blanks, []
+        for fd, temp in blanks:
+            os.close(fd)
+            _remove([temp])
 
     def _open_own(self, path: str, flags: int = 0) -> int:
         """open(2) for writing of a file that only we write; a new one comes from what prepare() made."""
+        flags |= os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
+            return os.open(path, flags)
         except FileNotFoundError:
             if self._blanks:
                 try:
-                    os.rename(self._blanks.pop(), path)
+                    self._publish(b"", path)
                 except OSError:
                     pass  # it was tidied up, or there is no such folder: the next call tells
-            return os.open(path, _NEW_FILE | flags, 0o666)
+            return os.open(path, flags | os.O_CREAT, 0o666)
 
     def _make(self, node: Node, record: Record, claimed: bool = False) -> bool:
         """Makes a new object's directories and `_self.json`; False when it exists already.
@@ -10590,7 +10589,6 @@ class Service:
         self.connections: Set[Connection] = set()
         self.draining = False
         self._stopped: Optional[asyncio.Event] = None
-        self._preparing = False
         self._hurry = False
         self._used = time.monotonic()
         self._limit = MAX_CONNECTIONS
@@ -10606,7 +10604,7 @@ class Service:
         self._limit = _connection_limit()
         self._host = sock.getsockname()[0]
         # Here `backlog` also is how many connections are accepted at one go, before the cap is looked at.
-        server = await asyncio.start_server(self._client, sock=sock, backlog=SPARE_FILES // 8, limit=READ_SIZE)
+        server = await asyncio.start_server(self._client, sock=sock, backlog=SPARE_FILES // 12, limit=READ_SIZE)
         sock.listen(BACKLOG)
         sweeper = asyncio.ensure_future(self._sweep())
         ready()
@@ -10688,14 +10686,6 @@ class Service:
         connection.writer.close()
         if connection.writer.transport.get_write_buffer_size():
             connection.abort()
-
-    def _prepare(self) -> None:
-        """Makes some of the files that the next answers write, while their clients have other things to do."""
-        import asyncio
-
-        self._preparing = not self.draining and self.store.prepare(BLANKS_AT_ONCE)
-        if self._preparing:
-            asyncio.get_running_loop().call_later(BLANKS_PAUSE, self._prepare)
 
     # -- idleness
 
@@ -10837,7 +10827,6 @@ class Service:
 
     async def _answer(self, connection: Connection, request: Request) -> bool:
         """Answers one request; False when the connection is over."""
-        import asyncio
         import traceback
 
         # What the daemon is asked about itself is no use of it.
@@ -10877,9 +10866,7 @@ class Service:
                 result = problem_response(Problem(500, "the answer cannot be sent; see `mflocal logs`"))
                 data = result.encode(request, close=close)
             connection.writer.write(data)
-            if self.store.blanks_due() and not self._preparing:
-                self._preparing = True
-                asyncio.get_running_loop().call_later(BLANKS_PAUSE, self._prepare)
+            self.store.prepare()  # the client has the answer to digest first
             if result.stream is not None and request.method != "HEAD":
                 await self._stream(connection, request, result)
             if self.settings.debug:

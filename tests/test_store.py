@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import REPO, Client, wait_for
+from conftest import REPO, Client
 from meta_shared import script
 from wire import Served
 
@@ -642,55 +642,87 @@ def test_modes_follow_the_umask_but_never_for_our_own(make_service: Callable[...
 # -- files made ahead
 
 
+def make_ready(store: mflocal.Store) -> set[int]:
+    """Lets the store make all the files that it makes ahead; their inodes."""
+    for _ in range(mflocal.BLANKS):
+        store.prepare()
+    return {path.stat().st_ino for path in Path(store.temp_dir).iterdir()}
+
+
 def test_files_made_ahead_are_what_writes_fill(store: mflocal.Store, metaflow_dir: Path) -> None:
     temp = metaflow_dir / ".mflocal/tmp"
-    while store.prepare(10):
-        pass
-    ready = {path.stat().st_ino for path in temp.iterdir()}
-    assert len(ready) == mflocal.BLANKS and not store.prepare(10)
+    store.sweep()
+    ready = make_ready(store)
+    assert len(ready) == mflocal.BLANKS
     task = a_task(store)
     asyncio.run(store.add_metadata(task, [{"field_name": "a", "value": "v"}]))
-    written = [path for path in (metaflow_dir / "F").rglob("*.json")]
-    assert written and {path.stat().st_ino for path in written} <= ready
-    assert all(json.loads(path.read_text()) for path in written)
-    left = {path.stat().st_ino for path in temp.iterdir()}
-    assert left == ready - {path.stat().st_ino for path in written}
-    assert store.blanks_due() == len(written)
+    store.set_lease(task.run, "abc")
+    store.beat(task.run, int(time.time()))
+    store.flush_signs()
+    written = [path for path in metaflow_dir.rglob("*") if path.is_file() and path.parent != temp]
+    assert {"_mflocal.json", "abc"} < {path.name for path in written}
+    assert {path.stat().st_ino for path in written} <= ready
+    assert all(json.loads(path.read_text()) for path in written if path.suffix == ".json")
+    assert {path.stat().st_ino for path in temp.iterdir()} == ready - {path.stat().st_ino for path in written}
     store.discard_blanks()
-    assert children(temp) == [] and store.blanks_due() == mflocal.BLANKS
+    assert children(temp) == []
 
 
 @pytest.mark.parametrize("what", ["files", "folder"])
 def test_files_made_ahead_may_be_tidied_up(store: mflocal.Store, metaflow_dir: Path, what: str) -> None:
     temp = metaflow_dir / ".mflocal/tmp"
-    store.prepare(mflocal.BLANKS)
-    shutil.rmtree(temp)
-    if what == "files":
-        temp.mkdir()
+    store.sweep()
     task = a_task(store)
-    store.set_lease(task.run, "abc")
-    store.beat(task.run, int(time.time()))
-    asyncio.run(store.add_metadata(task, [{"field_name": "a", "value": "v"}]))
-    assert all(json.loads(path.read_text()) for path in (metaflow_dir / "F").rglob("*.json"))
-    assert asyncio.run(open_store(metaflow_dir, "other").metadata(task))[0]["value"] == "v"
+    for act in (
+        lambda: asyncio.run(store.add_metadata(task, [{"field_name": "a", "value": "v"}])),
+        lambda: store.beat(task, int(time.time())) or store.flush_signs(),
+        lambda: store.set_lease(task.run, "abc"),
+        lambda: a_task(store),
+    ):
+        temp.mkdir(exist_ok=True)
+        make_ready(store)
+        shutil.rmtree(temp)
+        if what == "files":
+            temp.mkdir()
+        act()
+    assert (task.run.path, "abc") == (store.lease_runs("abc")[0].path, store.signs(task.run).lease)
+    assert len(children(metaflow_dir / "F")) == 3
+    fresh = open_store(metaflow_dir, "other")
+    again = fresh.task(fresh.step(fresh.run("F", task.run.id), "start"), task.id)
+    assert asyncio.run(fresh.metadata(again))[0]["value"] == "v" and fresh.signs(again).heartbeat
+
+
+def test_a_task_that_is_gone_takes_no_files_made_ahead_with_it(store: mflocal.Store, metaflow_dir: Path) -> None:
+    task = a_task(store)
+    make_ready(store)
+    shutil.rmtree(task.path)
+    with pytest.raises(mflocal.Problem) as caught:
+        asyncio.run(store.add_metadata(task, [{"field_name": "a", "value": "v"}]))
+    assert caught.value.status in (404, 500) and not Path(task.path).exists()
+    held = {
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{fd}")
+    }
+    temp = str(metaflow_dir / ".mflocal/tmp")
+    assert len(children(Path(temp))) == len([name for name in held if name.startswith(temp)])  # no descriptor leaks
 
 
 def test_without_room_for_files_made_ahead_writes_go_on(store: mflocal.Store, metaflow_dir: Path) -> None:
-    temp = metaflow_dir / ".mflocal/tmp"
-    temp.rmdir()
-    assert not store.prepare(1) and store.blanks_due() == mflocal.BLANKS
-    assert not (metaflow_dir / ".mflocal/tmp").exists()  # an idle daemon makes no folder again
+    (metaflow_dir / ".mflocal/tmp").rmdir()
+    store.prepare()
+    assert not (metaflow_dir / ".mflocal/tmp").exists()  # an answer about something else makes no folder again
     assert a_task(store).id == "1"
 
 
 def test_the_daemon_makes_files_ahead_and_takes_them_with_it(tmp_path: Path) -> None:
     temp = tmp_path / ".metaflow/.mflocal/tmp"
     with Served(tmp_path) as served:
-        assert children(temp) == []  # nothing was written yet
         served.task()
-        wait_for(lambda: len(children(temp)) == mflocal.BLANKS)
+        for _ in range(4):
+            served.client.get("/ping")
+        assert len(children(temp)) == mflocal.BLANKS
         served.task()
-        wait_for(lambda: len(children(temp)) == mflocal.BLANKS)
     assert children(temp) == []
 
 
