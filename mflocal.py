@@ -7495,19 +7495,23 @@ if TYPE_CHECKING:
     _Got = TypeVar("_Got")
 
 
-@lru_cache(maxsize=1)
-def _reader_pool() -> ThreadPoolExecutor:
+@lru_cache(maxsize=2)
+def _pool(name: str, threads: int) -> ThreadPoolExecutor:
     from concurrent.futures import ThreadPoolExecutor
 
-    return ThreadPoolExecutor(READER_THREADS, thread_name_prefix="reader")
+    return ThreadPoolExecutor(threads, thread_name_prefix=name)
 
 
-async def in_thread(function: Callable[..., _Got], *args: Any, **kwargs: Any) -> _Got:
-    """Calls a blocking function of section 7 in one of READER_THREADS threads."""
+async def in_thread(function: Callable[..., _Got], *args: Any, pool: str = "reader", **kwargs: Any) -> _Got:
+    """Calls a blocking function of section 7 in one of READER_THREADS threads; in pool "search" there is one.
+
+    Searches take long, and logs, cards and parameters must not wait for them.
+    """
     import asyncio
 
     call = functools.partial(function, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_reader_pool(), call)
+    threads = _pool(pool, 1 if pool == "search" else READER_THREADS)
+    return await asyncio.get_running_loop().run_in_executor(threads, call)
 
 
 def data_roots(settings: Settings) -> Tuple[str, ...]:
@@ -10151,14 +10155,6 @@ def _search_slice(
     return matches_found
 
 
-@lru_cache(maxsize=1)
-def _search_pool() -> ThreadPoolExecutor:
-    """One thread for all searches: they take long, and logs, cards and parameters must not wait for them."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(1, thread_name_prefix="search")
-
-
 class _Search:
     """One search over its WebSocket: messages of progress, then one result."""
 
@@ -10183,8 +10179,6 @@ class _Search:
 
     async def artifacts(self, key: str, value: Optional[str]) -> Optional[List[Record]]:
         """Matches among the newest attempts' artifacts called `key`; None when the client has gone."""
-        import asyncio
-
         tasks = await self.store.run_tasks(self.run) if self.run else []
         found: List[Record] = []
         known: Dict[str, Any] = {}
@@ -10193,15 +10187,8 @@ class _Search:
             records = await self.store.artifacts(task)
             waiting += [r for r in records if r["name"] == key and r["attempt_id"] == records[0]["attempt_id"]]
             if len(waiting) >= SEARCH_SLICE or place == len(tasks):
-                call = functools.partial(
-                    _search_slice,
-                    self.settings.metaflow_dir,
-                    waiting,
-                    value,
-                    data_roots(self.settings),
-                    known,
-                )
-                found += await asyncio.get_running_loop().run_in_executor(_search_pool(), call)
+                where, roots = self.settings.metaflow_dir, data_roots(self.settings)
+                found += await in_thread(_search_slice, where, waiting, value, roots, known, pool="search")
                 waiting = []
             if not self.progress(place, len(tasks)):
                 return None

@@ -22,6 +22,8 @@ from conftest import REPO, clean_env, mflocal, wait_for
 from processes import Started, daemon_state, running
 from wire import BODY, Served
 
+import mflocal as module
+
 KILLS = int(os.environ.get("MFLOCAL_KILLS", "20"))
 SEED = int(os.environ.get("MFLOCAL_KILL_SEED", "1"))
 
@@ -268,14 +270,14 @@ def mount() -> Iterator[Callable[..., Path]]:
         Path(f"{disk}.log").unlink(missing_ok=True)
 
 
-def served_on(root: Path) -> Served:
-    """A service on a small disk; its log lies elsewhere."""
+def served_on(root: Path, **quick: float) -> Served:
+    """A service on a small disk, with other constants; its log lies elsewhere."""
     log = Path(str(root.parent) + ".log")
     found = Served.__new__(Served)
     link = root.parent / "root.log"
     if not link.is_symlink():
         link.symlink_to(log)
-    found.__init__(root)  # type: ignore[misc]
+    found.__init__(root, quick=quick)  # type: ignore[misc]
     return found
 
 
@@ -306,8 +308,9 @@ def check_refused(served: Served, task: str, status: int, word: str) -> None:
     assert [row["flow_id"] for row in served.client.get("/flows")] == ["F"]
     assert len(served.client.get("/flows/F/runs")) == 1
     assert served.client.get(f"{task}/metadata") == []
-    # Empty files may lie ready there; of what was refused nothing stays.
-    assert {path.stat().st_size for path in (served.metaflow / ".mflocal/tmp").iterdir()} <= {0}
+    # Empty files may lie ready there; of what was refused nothing stays unless it cannot be deleted.
+    left = [path for path in (served.metaflow / ".mflocal/tmp").iterdir() if path.stat().st_size]
+    assert len(left) <= (module.BLANKS if word == "Read-only file system" else 0)
     assert served.process.poll() is None and "Traceback" not in served.log
 
 
@@ -342,7 +345,7 @@ def test_a_full_disk(mount: Callable[..., Path]) -> None:
 
 def test_no_inode_left(mount: Callable[..., Path]) -> None:
     root = mount("size=4m,nr_inodes=60")
-    with served_on(root) as served:
+    with served_on(root, BLANKS=0) as served:  # with them some writes would go through
         task = served.task()
         spare = root / "spare"
         spare.mkdir()
@@ -575,5 +578,5 @@ def test_umask_of_the_caller(project: Path) -> None:
         assert (project / f".metaflow/F{umask}").stat().st_mode & 0o777 == 0o777 & ~umask
         assert (project / f".metaflow/F{umask}/_meta/_self.json").stat().st_mode & 0o777 == 0o666 & ~umask
         assert state.stat().st_mode & 0o777 == 0o700
-        assert all(path.stat().st_mode & 0o077 == 0 for path in state.rglob("*"))
+        assert all(path.stat().st_mode & 0o077 == 0 for path in state.rglob("*") if path.parent.name != "tmp")
         mflocal("stop", "--force", cwd=project, check=True)

@@ -590,7 +590,8 @@ def test_temp_files_of_a_killed_daemon_are_swept(make_service: Callable[..., Cli
     service = make_service(tmp_path)
     assert children(temp) == []
     service.post("/flows/F", {})
-    assert children(temp) == [] and children(tmp_path / ".metaflow/F/_meta") == ["_self.json"]
+    assert {path.stat().st_size for path in temp.iterdir()} == {0}
+    assert children(tmp_path / ".metaflow/F/_meta") == ["_self.json"]
 
 
 def test_the_sweep_deletes_nothing_behind_a_link(make_service: Callable[..., Client], tmp_path: Path) -> None:
