@@ -792,7 +792,7 @@ class Bench:
                 width=width, foreach=', foreach="items"' if width else "", after="join" if width else "end",
                 join=JOIN if width else "",
             )  # fmt: skip
-            rounds = self.rounds if width < 300 else 2
+            rounds = 2 if width >= 300 else self.rounds if width else 5 * self.rounds  # a short one is more at the mercy of noise
             least = self.row("flows", "the least for it: a bare wrapper, a server that only says yes", "s", "less")
             roots = {name: self.folder(f"flow-{name}") for name in ("local", "mflocal", "peer", "floor")}
             for root in roots.values():

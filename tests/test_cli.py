@@ -1112,6 +1112,46 @@ def test_a_version_managers_python_is_asked(tmp_path: Path, monkeypatch: pytest.
     assert module.has_extensions(["python", "flow.py"]) is True
 
 
+@pytest.fixture
+def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The shim of a real pyenv, in a directory that says nothing of versions."""
+    told = subprocess.run(["sh", "-c", "pyenv root"], capture_output=True, text=True).stdout.strip()
+    path = Path(told, "shims/python3")
+    if not told or not path.exists():
+        pytest.skip("no pyenv here")
+    monkeypatch.chdir(tmp_path)
+    for name in ("PYENV_VERSION", "PYENV_DIR", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    return path
+
+
+@pytest.mark.parametrize("how", ["global", "here", "above", "environment", "several", "short", "system", "typo", "hook"])
+def test_pyenvs_shim_is_understood_where_it_is_plain(shim: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """To ask it takes longer than all else that `run` does. What it would start is asked of itself here."""
+    versions = sorted(path.name for path in (shim.parent.parent / "versions").iterdir() if (path / "bin/python3").exists())
+    name = versions[-1]
+    texts = {"here": f"{name}\n", "above": f"# ours\n\n {name}  # or newer\r\n", "several": f"{versions[0]}\n{name}\n"}
+    texts.update(short=name.rpartition(".")[0], typo="nothing-of-this-name")
+    if how in texts:
+        Path(".python-version").write_text(texts[how])
+    if how == "above":
+        Path("sub/deeper").mkdir(parents=True)
+        monkeypatch.chdir("sub/deeper")
+    if how in ("environment", "system"):
+        monkeypatch.setenv("PYENV_VERSION", name if how == "environment" else "system")
+    head = shim.read_bytes()
+    if how == "hook":
+        head = head.replace(b"#!", b"#!\nPYENV_DIR=elsewhere\n", 1)
+    found = module._pyenv_python("python3", head)
+    told = subprocess.run([shim, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True).stdout.strip()
+    if how in ("short", "system", "typo", "hook"):
+        assert found is None  # pyenv knows what these mean, or that they mean nothing
+    else:
+        assert found and os.path.samefile(Path(found).parent.parent, told)
+        assert module.has_extensions(["python3", "flow.py"]) in (True, False)
+
+
 # -- what surrounds us
 
 
