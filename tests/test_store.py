@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import REPO, Client
+from conftest import REPO, Client, wait_for
 from meta_shared import script
 from wire import Served
 
