@@ -1403,6 +1403,7 @@ class Store:
         self._baseline = False
         self._serial = itertools.count()
         self._blanks: List[Tuple[int, str]] = []
+        self._written = 0
         self._last_run = 0
         self._tags: Dict[str, str] = {}
         self._unsaved: Set[RunOrTask] = set()
@@ -1449,6 +1450,7 @@ class Store:
 
     def _publish(self, data: bytes, path: str) -> None:
         fd, temp = self._blanks.pop() if self._blanks else self._new_file()
+        self._written += 1
         try:
             try:
                 while data:
@@ -1464,10 +1466,11 @@ class Store:
         """Opens some of the files that the next writes fill, to be called when nobody waits for an answer.
 
         To make a file takes longer than to fill and rename it; on ext4 without a journal, as virtual machines
-        have it, several times as long for minutes after files were deleted.
+        have it, several times as long for minutes after files were deleted. There are never more of them than
+        were written so far: who only reads leaves no trace.
         """
         try:
-            for _ in range(min(BLANKS_AT_ONCE, BLANKS - len(self._blanks))):
+            for _ in range(min(BLANKS_AT_ONCE, min(BLANKS, self._written) - len(self._blanks))):
                 self._blanks.append(self._new_file())
         except OSError:
             pass  # the next write says what is wrong

@@ -22,8 +22,6 @@ from conftest import REPO, clean_env, mflocal, wait_for
 from processes import Started, daemon_state, running
 from wire import BODY, Served
 
-import mflocal as module
-
 KILLS = int(os.environ.get("MFLOCAL_KILLS", "20"))
 SEED = int(os.environ.get("MFLOCAL_KILL_SEED", "1"))
 
@@ -308,9 +306,8 @@ def check_refused(served: Served, task: str, status: int, word: str) -> None:
     assert [row["flow_id"] for row in served.client.get("/flows")] == ["F"]
     assert len(served.client.get("/flows/F/runs")) == 1
     assert served.client.get(f"{task}/metadata") == []
-    # Empty files may lie ready there; of what was refused nothing stays unless it cannot be deleted.
-    left = [path for path in (served.metaflow / ".mflocal/tmp").iterdir() if path.stat().st_size]
-    assert len(left) <= (module.BLANKS if word == "Read-only file system" else 0)
+    # Empty files may lie ready there; of what was refused nothing stays.
+    assert {path.stat().st_size for path in (served.metaflow / ".mflocal/tmp").iterdir()} <= {0}
     assert served.process.poll() is None and "Traceback" not in served.log
 
 
@@ -362,7 +359,7 @@ def test_no_inode_left(mount: Callable[..., Path]) -> None:
 
 def test_a_disk_that_becomes_read_only(mount: Callable[..., Path]) -> None:
     root = mount("size=4m")
-    with served_on(root) as served:
+    with served_on(root, BLANKS=0) as served:  # what is open for writing keeps a mount from becoming read-only
         task = served.task()
         # The service holds its lock file open for writing, so the file system itself cannot be remounted.
         flow = root / ".metaflow"
@@ -433,6 +430,7 @@ def test_the_folder_for_temp_files_is_deleted(root: Path) -> None:
     """Somebody cleans up too much: the service goes on or says what is missing, and does not die."""
     with Served(root) as served:
         task = served.task()
+        time.sleep(0.1)  # files for the next writes are made after the answer
         shutil.rmtree(served.metaflow / ".mflocal/tmp")
         answer = served.client("POST", f"{task}/metadata", [{"field_name": "a", "value": "v"}])
         assert answer.status == 200, answer

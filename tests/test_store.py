@@ -645,6 +645,7 @@ def test_modes_follow_the_umask_but_never_for_our_own(make_service: Callable[...
 
 def make_ready(store: mflocal.Store) -> set[int]:
     """Lets the store make all the files that it makes ahead; their inodes."""
+    store._written = mflocal.BLANKS
     for _ in range(mflocal.BLANKS):
         store.prepare()
     return {path.stat().st_ino for path in Path(store.temp_dir).iterdir()}
@@ -711,6 +712,7 @@ def test_a_task_that_is_gone_takes_no_files_made_ahead_with_it(store: mflocal.St
 
 def test_without_room_for_files_made_ahead_writes_go_on(store: mflocal.Store, metaflow_dir: Path) -> None:
     (metaflow_dir / ".mflocal/tmp").rmdir()
+    store._written = mflocal.BLANKS
     store.prepare()
     assert not (metaflow_dir / ".mflocal/tmp").exists()  # an answer about something else makes no folder again
     assert a_task(store).id == "1"
@@ -719,11 +721,15 @@ def test_without_room_for_files_made_ahead_writes_go_on(store: mflocal.Store, me
 def test_the_daemon_makes_files_ahead_and_takes_them_with_it(tmp_path: Path) -> None:
     temp = tmp_path / ".metaflow/.mflocal/tmp"
     with Served(tmp_path) as served:
-        served.task()
-        for _ in range(4):
-            served.client.get("/ping")
+        served.client.get("/flows")
+        served.client.get("/ping")
+        assert children(temp) == []  # who only reads leaves no trace
+        task = served.task()
+        wait_for(lambda: 0 < len(children(temp)) < mflocal.BLANKS)
+        rows = [{"field_name": f"m{number}", "value": "v"} for number in range(mflocal.BLANKS)]
+        served.client.post(f"{task}/metadata", rows)
+        served.client.get("/ping")
         wait_for(lambda: len(children(temp)) == mflocal.BLANKS)
-        served.task()
     assert children(temp) == []
 
 
