@@ -127,6 +127,7 @@ def load(tmp_path: Path, runs: int, seconds: float) -> dict[str, Any]:
     write_runs(root / ".metaflow", "Many", runs)
     with Served(root) as served:
         tasks = [served.task() for _ in range(4)]
+        time.sleep(0.2)  # until the last of those connections is closed
         before = served.descriptors
         beats = [Repeater(served, "POST", f"{task}/heartbeat", {}, 0.05) for task in tasks]
         writers = [Repeater(served, "POST", f"{task}/metadata", [{"field_name": "f", "value": "v"}] * 3, 0.05) for task in tasks[:2]]
