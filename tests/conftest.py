@@ -16,6 +16,10 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Begun in the background of a shell without job control; what we start would inherit it and hear no Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 REPO = Path(__file__).resolve().parent.parent
 MODULE = REPO / "mflocal.py"
 FLOWS = Path(__file__).resolve().parent / "flows"
