@@ -3101,6 +3101,7 @@ def like_matcher(pattern: str, *, ignore_case: bool = True) -> Callable[[str], b
     jokers = any("" in piece for piece in pieces)
 
     def matches_like(text: str) -> bool:
+        """Whether the whole text fits: the first piece at its start, the last at its end, the others leftmost."""
         if jokers:  # a piece with _ is tried at every place: length of the text times that of the pattern
             text = text[:MAX_PATTERN_TEXT]
         if ignore_case:
@@ -7588,6 +7589,7 @@ async def run_state(
     alive = liveness.alive(run)
 
     def judge() -> RunStatus:
+        """The status by what is known now; asked again once the attempts allowed are known too."""
         limits = memo.limits or {}
         return run_status(
             run.self_record.get("ts_epoch"),
@@ -9836,6 +9838,7 @@ class UiApi:
         """GET .../logs/out or .../logs/err; stream is "stdout" or "stderr"."""
 
         async def get_log(request: Request) -> Response:
+            """One page of the log's rows."""
             found = await self._log_of(request)
             if found is None:
                 return json_response({"data": []}, 404)  # as recorded; the UI shows an empty log
@@ -12514,11 +12517,11 @@ def _pyenv_python(name: str, shim: bytes) -> Optional[str]:
         return None
     chosen = os.environ.get("PYENV_VERSION", "").split(":")
     if chosen == [""]:
-        place, file = os.getcwd(), os.path.join(root, "version")
-        while place != "/" and not os.path.isfile(os.path.join(place, ".python-version")):
-            place = os.path.dirname(place)
-        if os.path.isfile(os.path.join(place, ".python-version")):
-            file = os.path.join(place, ".python-version")
+        places = [os.getcwd()]
+        while places[-1] != "/":
+            places.append(os.path.dirname(places[-1]))
+        files = [os.path.join(place, ".python-version") for place in places]
+        file = next(filter(os.path.isfile, files), os.path.join(root, "version"))
         lines = [line.split() for line in os.fsdecode(_read_head(file)).splitlines()]
         chosen = [words[0] for words in lines if words and not words[0].startswith("#")]
     for version in chosen:

@@ -1126,7 +1126,7 @@ def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["global", "here", "above", "environment", "several", "short", "system", "typo", "hook"])
+@pytest.mark.parametrize("how", ["global", "here", "above", "environment", "several", "short", "system", "typo", "other"])
 def test_pyenvs_shim_is_understood_where_it_is_plain(shim: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """To ask it takes longer than all else that `run` does. What it would start is asked of itself here."""
     versions = sorted(path.name for path in (shim.parent.parent / "versions").iterdir() if (path / "bin/python3").exists())
@@ -1141,11 +1141,11 @@ def test_pyenvs_shim_is_understood_where_it_is_plain(shim: Path, monkeypatch: py
     if how in ("environment", "system"):
         monkeypatch.setenv("PYENV_VERSION", name if how == "environment" else "system")
     head = shim.read_bytes()
-    if how == "hook":
+    if how == "other":  # a shim of an older pyenv, which looks beside the script as well
         head = head.replace(b"#!", b"#!\nPYENV_DIR=elsewhere\n", 1)
     found = module._pyenv_python("python3", head)
     told = subprocess.run([shim, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True).stdout.strip()
-    if how in ("short", "system", "typo", "hook"):
+    if how in ("short", "system", "typo", "other"):
         assert found is None  # pyenv knows what these mean, or that they mean nothing
     else:
         assert found and os.path.samefile(Path(found).parent.parent, told)
