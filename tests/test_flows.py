@@ -366,9 +366,9 @@ def test_cards_outside_the_root_are_found(project: Path, variable: str) -> None:
         mflocal("restart", "--root", str(root), cwd=project, check=True)
     mflocal("stop", "--root", str(root), cwd=project, check=True)
     state = root / ".metaflow/.mflocal"
-    if (state / "cards.json").exists():  # a checkout that ships it gains nothing: it names the place it was made in
-        shutil.copytree(state, project / "copy", copy_function=shutil.copy2)
-        assert mflocal_module.read_card_roots(str(state)) and not mflocal_module.read_card_roots(str(project / "copy"))
+    # A checkout that ships cards.json gains nothing: it names the place it was made in.
+    shutil.copytree(state, project / "copy", copy_function=shutil.copy2)
+    assert mflocal_module.read_card_roots(str(state)) and not mflocal_module.read_card_roots(str(project / "copy"))
 
 
 def flow_name(root: Path) -> str:

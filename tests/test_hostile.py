@@ -1167,6 +1167,27 @@ print(json.dumps(found))
 """
 
 
+def write_task(router: Any, base: str, task: str, user: str, rows: list[tuple[str, str, str]]) -> tuple[str, dict[str, Any]]:
+    """Makes a task in a step, under its own name if that is taken; its id, and what was answered with 200."""
+    status, answer = ask(router, "POST", f"{base}/task", {"user_name": user, "task_id": task})
+    if status != 200:
+        status, answer = ask(router, "POST", f"{base}/task", {"user_name": "plain"})
+        assert status == 200
+    place = f"{base}/tasks/{segment(str(answer['task_id']))}"
+    # Without attempt-done local mode shows no artifact.
+    facts, artifacts = [], []
+    for name, value, kind in [("attempt-done", "0", "attempt-done"), *rows]:
+        row = {"field_name": name, "value": value, "type": kind[:20]}
+        if ask(router, "POST", f"{place}/metadata", [row])[0] == 200:
+            facts.append([name, value, kind[:20]])
+    for name, value, _ in rows:
+        if ask(router, "POST", f"{place}/artifact", [{"name": name, "sha": value, "attempt_id": 0}])[0] == 200:
+            artifacts.append([name, value, 0])
+    assert facts[0][0] == "attempt-done"
+    found = {"user": answer["user_name"], "metadata": sorted(facts), "artifacts": sorted(artifacts)}
+    return str(answer["task_id"]), found
+
+
 def test_local_mode_reads_back_what_was_written(parts: Any, tmp_path: Path) -> None:
     """Each 200 of ours, whatever the names and values, is what the real LocalMetadataProvider finds."""
     store, router = parts
@@ -1174,68 +1195,23 @@ def test_local_mode_reads_back_what_was_written(parts: Any, tmp_path: Path) -> N
     written: dict[str, Any] = {}
     texts = names | st.text(max_size=30)
     words = names | st.sampled_from(["start", "größe", "_x", "a" * 200, "end"])
+    odd_rows = [("[a]", "\ud800", "x"), ("*", "1", "y"), (" ", "", "")]
 
     @settings(max_examples=80, deadline=None, derandomize=True)
     @example(run=".hidden", step="start", task=".hidden", user="u", tag="t", rows=[("a", "b", "c")])
-    @example(
-        run="~",
-        step="K",
-        task="a:b",
-        user="\ud800",
-        tag="\udfff",
-        rows=[("[a]", "\ud800", "x"), ("*", "1", "y"), (" ", "", "")],
-    )
-    @given(
-        run=names,
-        step=words,
-        task=names,
-        user=texts,
-        tag=texts,
-        rows=st.lists(st.tuples(names, texts, texts), max_size=4, unique_by=lambda r: r[0]),
-    )
+    @example(run="~", step="K", task="a:b", user="\ud800", tag="\udfff", rows=odd_rows)
+    @given(names, words, names, texts, texts, st.lists(st.tuples(names, texts, texts), max_size=4, unique_by=lambda r: r[0]))
     def write(run: str, step: str, task: str, user: str, tag: str, rows: list[tuple[str, str, str]]) -> None:
         status, answer = ask(router, "POST", "/flows/Flow/run", {"user_name": user, "tags": [tag], "run_number": run})
         if status != 200:
             status, answer = ask(router, "POST", "/flows/Flow/run", {"tags": ["t"]})
             assert status == 200
-        run_id, mine = str(answer["run_number"]), {}
-        tags = answer["tags"]
-        written[run_id] = mine
+        run_id = str(answer["run_number"])
+        mine = written[run_id] = {}
         base = f"/flows/Flow/runs/{segment(run_id)}/steps/{segment(step)}"
-        if ask(router, "POST", f"{base}/step", BODY)[0] != 200:
-            return
-        status, answer = ask(router, "POST", f"{base}/task", {"user_name": user, "task_id": task})
-        if status != 200:
-            status, answer = ask(router, "POST", f"{base}/task", {"user_name": "plain"})
-            assert status == 200
-        task_id, user_name = str(answer["task_id"]), answer["user_name"]
-        facts, artifacts = [["attempt-done", "0", "attempt-done"]], []
-        done = {
-            "field_name": "attempt-done",
-            "value": "0",
-            "type": "attempt-done",
-        }  # without it local mode shows no artifact
-        assert ask(router, "POST", f"{base}/tasks/{segment(task_id)}/metadata", [done])[0] == 200
-        for name, value, kind in rows:
-            row = {"field_name": name, "value": value, "type": kind[:20]}
-            if ask(router, "POST", f"{base}/tasks/{segment(task_id)}/metadata", [row])[0] == 200:
-                facts.append([name, value, kind[:20]])
-            if (
-                ask(
-                    router,
-                    "POST",
-                    f"{base}/tasks/{segment(task_id)}/artifact",
-                    [{"name": name, "sha": value, "attempt_id": 0}],
-                )[0]
-                == 200
-            ):
-                artifacts.append([name, value, 0])
-        mine[f"{step}/{task_id}"] = {
-            "user": user_name,
-            "tags": tags,
-            "metadata": sorted(facts),
-            "artifacts": sorted(artifacts),
-        }
+        if ask(router, "POST", f"{base}/step", BODY)[0] == 200:
+            task_id, found = write_task(router, base, task, user, rows)
+            mine[f"{step}/{task_id}"] = {**found, "tags": answer["tags"]}
 
     write()
     assert sum(bool(tasks) for tasks in written.values()) > 10
@@ -1348,19 +1324,28 @@ def tree(root: Path) -> dict[str, Any]:
 # -- pages in a browser, over the wire
 
 
-def test_what_a_page_can_send(served: Served) -> None:
-    """Host, Origin, Sec-Fetch-Site, simple POSTs and WebSockets of a foreign page; then the same from friends."""
-    before = tree(served.root)
+EVIL = b"Origin: http://evil.example"
+Sender = Callable[..., bytes]
 
-    def send(method: bytes, path: bytes, *fields: bytes, host: bytes = b"localhost", body: bytes = b"") -> bytes:
+
+@pytest.fixture
+def send(served: Served) -> Sender:
+    """One request as a browser would send it; all that comes back."""
+
+    def sent(method: bytes, path: bytes, *fields: bytes, host: bytes = b"localhost", body: bytes = b"") -> bytes:
         lines = [method + b" " + path + b" HTTP/1.1", b"Host: " + host, b"Connection: close", *fields]
         if body:
             lines.append(b"Content-Length: %d" % len(body))
         return served.raw(b"\r\n".join(lines) + b"\r\n\r\n" + body, half_close=False)
 
-    evil = b"Origin: http://evil.example"
+    return sent
+
+
+def test_what_a_page_can_send(served: Served, send: Sender) -> None:
+    """Origin, Sec-Fetch-Site, simple POSTs and WebSockets of a foreign page."""
+    before = tree(served.root)
     ways: list[tuple[bytes, ...]] = [
-        (evil,), (b"Origin: null",), (b"Origin: http://localhost.evil.example",), (b"Origin: http://localhost@evil.example",),
+        (EVIL,), (b"Origin: null",), (b"Origin: http://localhost.evil.example",), (b"Origin: http://localhost@evil.example",),
         (b"Origin: chrome-extension://abc",), (b"Origin: http://127.0.0.1.nip.io",), (b"Origin: http://2130706433",),
         (b"Origin: http://[::ffff:127.0.0.2]:1",), (b"Sec-Fetch-Site: cross-site", b"Sec-Fetch-Mode: no-cors"),
     ]  # fmt: skip
@@ -1378,15 +1363,17 @@ def test_what_a_page_can_send(served: Served) -> None:
         assert b" 403 " in upgrade.split(b"\r\n")[0] or b" 400 " in upgrade.split(b"\r\n")[0], upgrade[:200]
         asked = served.raw(b"GET /api/ws HTTP/1.1\r\n" + HOST + b"\r\n".join(way) + b"\r\n" + UPGRADE + b"\r\n")
         assert asked.startswith(b"HTTP/1.1 403 "), asked[:200]
-    for host in (
-        b"evil.example",
-        b"127.0.0.1.nip.io",
-        b"localhost.evil.example:80",
-        b"[::2]",
-        b"0.0.0.0",
-        b"2130706433",
-        b"[::ffff:7f00:1]",
-    ):
+    preflight = send(b"OPTIONS", b"/flows/F", EVIL, b"Access-Control-Request-Method: POST")
+    assert answers(preflight) == [403] and b"Access-Control-Allow" not in preflight
+    kind = b"Content-Type: application/x-www-form-urlencoded"
+    assert answers(send(b"POST", b"/flows/Evil", b"Sec-Fetch-Site: same-site", kind, body=b"{}")) == [403]
+    assert tree(served.root) == before
+
+
+def test_names_of_other_hosts_are_refused(served: Served, send: Sender) -> None:
+    """DNS rebinding: the page's own name leads here."""
+    for host in (b"evil.example", b"127.0.0.1.nip.io", b"localhost.evil.example:80", b"[::2]", b"0.0.0.0", b"2130706433",
+                 b"[::ffff:7f00:1]"):  # fmt: skip
         for path in (b"/flows", b"/ping", b"/_mflocal/id", b"/api/ws", b"/nothing"):
             got = send(b"GET", path, host=host)
             assert answers(got) == [403] and b'"flow_id"' not in got, (host, path, got[:200])
@@ -1394,17 +1381,9 @@ def test_what_a_page_can_send(served: Served) -> None:
             b"GET /api/ws HTTP/1.1\r\nHost: " + host + b"\r\nOrigin: http://" + host + b"\r\n" + UPGRADE + b"\r\n"
         )
         assert rebound.startswith(b"HTTP/1.1 403 ")
-    preflight = send(b"OPTIONS", b"/flows/F", evil, b"Access-Control-Request-Method: POST")
-    assert answers(preflight) == [403] and b"Access-Control-Allow" not in preflight
-    form = send(
-        b"POST",
-        b"/flows/Evil",
-        b"Sec-Fetch-Site: same-site",
-        b"Content-Type: application/x-www-form-urlencoded",
-        body=b"{}",
-    )
-    assert answers(form) == [403]
-    assert tree(served.root) == before
+
+
+def test_friends_are_served(served: Served, send: Sender) -> None:
     friend = send(b"GET", b"/flows", b"Origin: http://localhost:3000")
     assert answers(friend) == [200] and b"Access-Control-Allow-Origin: http://localhost:3000\r\n" in friend
     for host in (b"127.0.0.1:1", b"[::1]:99", b"LOCALHOST", b"x.localhost"):
