@@ -138,7 +138,11 @@ def read_ui(source: Path) -> bytes:
                 files[path.relative_to(source).as_posix()] = path.read_bytes()
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
-            files = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+            files = {
+                info.filename: archive.read(info)
+                for info in archive.infolist()
+                if not info.is_dir()
+            }
     else:
         raise SystemExit(f"build.py: {source} is neither a folder nor a zip")
     pages = [name for name in files if name.split("/")[-1] == "index.html"]
@@ -176,7 +180,15 @@ def shiv_environment(scratch: Path) -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         pass
     target = scratch / "shiv"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     done = subprocess.run([*command, "--target", str(target), f"shiv=={SHIV}", f"click=={CLICK}"])
     if done.returncode:
         raise SystemExit("build.py: pip could not fetch shiv")
@@ -192,7 +204,9 @@ def pack(stage: Path, scratch: Path) -> dict[str, bytes]:
     if done.returncode:
         raise SystemExit("build.py: shiv failed")
     with zipfile.ZipFile(output) as archive:
-        return {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+        return {
+            info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()
+        }
 
 
 def launcher(files: dict[str, bytes]) -> bytes:
@@ -213,7 +227,9 @@ def build(ui: Path | None) -> bytes:
         stage = scratch / "site-packages"
         stage.mkdir()
         # Line ends as in the repository, whatever git made of them in this checkout.
-        (stage / "mflocal.py").write_bytes((HERE / "mflocal.py").read_bytes().replace(b"\r\n", b"\n"))
+        (stage / "mflocal.py").write_bytes(
+            (HERE / "mflocal.py").read_bytes().replace(b"\r\n", b"\n")
+        )
         if ui is not None:
             (stage / UI_NAME).write_bytes(read_ui(ui))
         files = pack(stage, scratch)
@@ -226,8 +242,12 @@ def build(ui: Path | None) -> bytes:
 def main() -> int:
     """Build, write, report."""
     parser = argparse.ArgumentParser(description="Makes mflocal.pyz.")
-    parser.add_argument("--ui", type=Path, metavar="DIR|ZIP", help="static build of the UI to put inside")
-    parser.add_argument("--output", type=Path, metavar="FILE", default=HERE / "dist" / "mflocal.pyz")
+    parser.add_argument(
+        "--ui", type=Path, metavar="DIR|ZIP", help="static build of the UI to put inside"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", default=HERE / "dist" / "mflocal.pyz"
+    )
     arguments = parser.parse_args()
     data = build(arguments.ui)
     limit = MAX_SIZE if arguments.ui is None else MAX_SIZE_UI

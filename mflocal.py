@@ -71,7 +71,9 @@ else:
 
         def __init_subclass__(cls):
             cls._fields = tuple(cls.__annotations__)
-            cls._field_defaults = {name: getattr(cls, name) for name in cls._fields if hasattr(cls, name)}
+            cls._field_defaults = {
+                name: getattr(cls, name) for name in cls._fields if hasattr(cls, name)
+            }
             for index, name in enumerate(cls._fields):
                 setattr(cls, name, property(operator.itemgetter(index)))
 
@@ -85,7 +87,10 @@ else:
             return tuple.__new__(cls, values)
 
         def __repr__(self):
-            return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in self._asdict().items()))
+            return "%s(%s)" % (
+                type(self).__name__,
+                ", ".join("%s=%r" % pair for pair in self._asdict().items()),
+            )
 
         def _asdict(self):
             return dict(zip(self._fields, self))
@@ -180,7 +185,9 @@ BACKLOG = 512  # connections queue here while the daemon still imports (the kern
 WS_MAX_MESSAGE = 64 * KIB  # one message, its fragments together (1009)
 WS_MAX_FRAGMENTS = 64  # fragments of one message (1009)
 WS_MAX_SUBSCRIPTIONS = 256  # per connection; the UI holds about 10
-WS_MAX_QUEUE = 32 * MIB  # bytes not yet taken by a slow client before it is dropped: a replay of 10,000 tasks is 8 MiB
+WS_MAX_QUEUE = (
+    32 * MIB
+)  # bytes not yet taken by a slow client before it is dropped: a replay of 10,000 tasks is 8 MiB
 WS_SMALL_QUEUE = 4 * MIB  # the same once all clients together have WS_ALL_QUEUES waiting
 WS_ALL_QUEUES = 64 * MIB
 WS_PING_INTERVAL = 20.0  # s between pings of ours
@@ -188,7 +195,9 @@ WS_PING_TIMEOUT = 10.0  # s of silence after a ping before the connection counts
 
 # Liveness and status.
 RUN_CUTOFF = 60.0  # s after the last heartbeat until a run or task counts as dead
-LOCAL_CUTOFF = 86_400.0  # s of silence on disk until a local-mode run with an unfinished task counts as dead
+LOCAL_CUTOFF = (
+    86_400.0  # s of silence on disk until a local-mode run with an unfinished task counts as dead
+)
 
 # The daemon.
 IDLE_TIMEOUT = 300.0  # s without use until it leaves
@@ -200,15 +209,23 @@ KILL_AFTER = 5.0  # s between SIGTERM and SIGKILL for CMD when the daemon cannot
 MAX_RESTARTS = 3  # times in RESTART_WINDOW that `run` brings a dead daemon back
 RESTART_WINDOW = 60.0  # s
 RETRY_PAUSE = 0.25  # s between two of its looks
-PORT_PATIENCE = 15.0  # s for which it tries to get the port back; Metaflow's client asks again for about 30 s
-NO_REPORT = "it ended without a word"  # what read_ready() says of a daemon that was killed while it started
+PORT_PATIENCE = (
+    15.0  # s for which it tries to get the port back; Metaflow's client asks again for about 30 s
+)
+NO_REPORT = (
+    "it ended without a word"  # what read_ready() says of a daemon that was killed while it started
+)
 LOG_BYTES = 1 * MIB  # size at which daemon.log becomes daemon.log.1
 MAX_STATE_FILE = 64 * KIB  # daemon.json is < 2 KiB; more is not ours
 
 # The store.
-RECORD_LIMIT = 64 * MIB  # one JSON file of the tree; a metadata value of a full body is 16 MiB, escaped more
+RECORD_LIMIT = (
+    64 * MIB
+)  # one JSON file of the tree; a metadata value of a full body is 16 MiB, escaped more
 WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a time
-RACY_NS = 50_000_000  # a directory changed so recently may change again within one tick of its mtime
+RACY_NS = (
+    50_000_000  # a directory changed so recently may change again within one tick of its mtime
+)
 RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
 TASKS_KEPT = 50_000  # tasks kept in memory, about 3 KiB each; runs that are in use may have more
 BLANKS = 32  # empty files held open for the next writes
@@ -219,7 +236,9 @@ LEASE_KEPT = 7 * 86_400  # s after which the runs of a wrapper that never said g
 SIGNS_FILE = "_mflocal.json"  # in a run's or task's `_meta`; local mode reads only _self, sysmeta_* and N_artifact_*
 
 # Status.
-LOCAL_IDLE_CUTOFF = 300.0  # the same when no task is unfinished, or one has failed: longer than cards take
+LOCAL_IDLE_CUTOFF = (
+    300.0  # the same when no task is unfinished, or one has failed: longer than cards take
+)
 FAILED_CUTOFF = 30.0  # s without a heartbeat after a failed task: two beats missed, no retry begun
 MAX_TASK_ATTEMPTS = 6  # Metaflow never starts a seventh attempt (its MAX_ATTEMPTS)
 FALLBACK_ATTEMPTS = 3  # attempts that @catch adds to those of @retry (its NUM_FALLBACK_RETRIES)
@@ -230,31 +249,47 @@ MAX_LIKE = 1000  # characters of a value with wildcards
 MAX_PATTERNS = 8  # regular expressions in one request or subscription; the UI sends one
 MAX_PATTERN_NODES = 400  # states of a client's regular expression, after x{m,n} is written out
 MAX_PATTERN_TEXT = 100_000  # characters of a text that a regular expression looks at
-MAX_PATTERN_WORK = 200_000  # states visited for one text (about 0.1 s); met only by hostile patterns
+MAX_PATTERN_WORK = (
+    200_000  # states visited for one text (about 0.1 s); met only by hostile patterns
+)
 MAX_PATTERN_CACHE = 20_000  # transitions kept per pattern (about 2 MiB)
 
 # Readers of the datastore.
 # Of one pickle that is read for display or search (the real service: 4 KiB); 500 characters are shown at
 # once.
 ARTIFACT_BYTES = 1024 * 1024
-ARTIFACT_PAGE_BYTES = 8 * 1024 * 1024  # of all contents of one answer; the UI asks for 50 artifacts at once
+ARTIFACT_PAGE_BYTES = (
+    8 * 1024 * 1024
+)  # of all contents of one answer; the UI asks for 50 artifacts at once
 # Characters of one str(value): shared parts make a text exponentially longer than its pickle.
 ARTIFACT_TEXT = 2 * 1024 * 1024
-ARTIFACT_SECONDS = 2.0  # for building one value: keys with equal hashes make sets and dicts quadratic
-PARAMETER_BYTES = 64 * 1024  # of one parameter: all of them go out at once, in every preview and by WebSocket
+ARTIFACT_SECONDS = (
+    2.0  # for building one value: keys with equal hashes make sets and dicts quadratic
+)
+PARAMETER_BYTES = (
+    64 * 1024
+)  # of one parameter: all of them go out at once, in every preview and by WebSocket
 GRAPH_BYTES = 8 * 1024 * 1024  # of a `_graph_info`: 10,000 steps are about 4 MiB
-PICKLE_STEPS = 600_000  # instructions of one pickle: with the next one, 70 MB for a moment in the worst case
-PICKLE_OBJECTS = 300_000  # of them that make a container or a memo entry (an empty set takes 216 bytes)
+PICKLE_STEPS = (
+    600_000  # instructions of one pickle: with the next one, 70 MB for a moment in the worst case
+)
+PICKLE_OBJECTS = (
+    300_000  # of them that make a container or a memo entry (an empty set takes 216 bytes)
+)
 # 4,300 decimal digits, CPython's own limit: a longer one takes quadratic time to print.
 PICKLE_NUMBER_BYTES = 1785
-PICKLE_COPIED = 64 * MIB  # about what constructors may copy: a call is one instruction, its argument may be large
+PICKLE_COPIED = (
+    64 * MIB
+)  # about what constructors may copy: a call is one instruction, its argument may be large
 PICKLE_KEY_DEPTH = 32  # of tuples in a dict key: hashing recurses in C without a check
 PICKLE_KEY_PARTS = 200_000  # parts of all keys together: shared parts are hashed again each time
 VALUE_DEPTH = 100  # of what is written as text or JSON; deeper is shown as ...
 VALUE_PARTS = 200_000  # values in one parameter or graph as JSON
 TASK_INDEX_BYTES = 16 * 1024 * 1024  # of one N.data.json: 50,000 artifacts
 TASK_INDEX_CACHE = 32  # of those kept in memory
-LOG_HEADER = 512  # bytes at the start of a line in which its mflog header must end; Metaflow writes 84
+LOG_HEADER = (
+    512  # bytes at the start of a line in which its mflog header must end; Metaflow writes 84
+)
 LOG_LINE_BYTES = 1024 * 1024  # of one line in a page; the rest is in the download
 LOG_PAGE_BYTES = 16 * 1024 * 1024  # of all lines in a page; a page has up to 10,000 lines
 LOG_PAGE_ROWS = 100_000  # of one page, also for `_limit=0`, which means all
@@ -266,32 +301,52 @@ CARD_BYTES = 64 * 1024 * 1024  # of one card's HTML or data; the HTML of an empt
 CARD_LIMIT = 1000  # cards of one task; the real service's page has as many
 
 # HTTP out.
-MAX_CHUNK_EXTENSIONS = 16 * KIB  # bytes of chunk extensions in one body; nobody sends them, all are ignored
+MAX_CHUNK_EXTENSIONS = (
+    16 * KIB
+)  # bytes of chunk extensions in one body; nobody sends them, all are ignored
 # What Metaflow's client reads to choose its features; from 2.6.1 on it would switch to cursor paging.
 SERVICE_VERSION = "2.5.0"
 
 # Access.
 KEY_HEADER = "x-api-key"  # what Metaflow's client sends when METAFLOW_SERVICE_AUTH_KEY is set
-KEY_COOKIE = "mflocal_key"  # what a browser that opened the one-time URL sends; good for reading only
-KEYLESS_PATHS = frozenset(("/ping",))  # says nothing but that we live, to those who do not know the key yet
-PREFLIGHT_MAX_AGE = 600  # s that a browser may remember a preflight; the most that all of them honour
+KEY_COOKIE = (
+    "mflocal_key"  # what a browser that opened the one-time URL sends; good for reading only
+)
+KEYLESS_PATHS = frozenset(
+    ("/ping",)
+)  # says nothing but that we live, to those who do not know the key yet
+PREFLIGHT_MAX_AGE = (
+    600  # s that a browser may remember a preflight; the most that all of them honour
+)
 
 # The metadata API.
-PATTERN_TIMEOUT = 2.0  # s for a pattern of filtered_tasks that might explode, in a process of its own
+PATTERN_TIMEOUT = (
+    2.0  # s for a pattern of filtered_tasks that might explode, in a process of its own
+)
 MAX_CARD_ROOTS = 16  # places outside the root where its flows have put their cards
 LEASE_HEADER = "x-mflocal-lease"  # set by `mflocal run` through METAFLOW_SERVICE_HEADERS
 
 # Subscriptions.
-COALESCE = 0.05  # s for which changes are collected: what one request writes about one task is one frame
+COALESCE = (
+    0.05  # s for which changes are collected: what one request writes about one task is one frame
+)
 WATCH_INTERVAL = 1.0  # s between two looks at what local mode writes, while somebody subscribes
-JUDGE_INTERVAL = 2.0  # s after which a running run is judged again: heartbeats grow old without an event
-JUDGE_FAILED = 5.0  # s likewise for a failed one, which may come back (a machine that slept, a long step)
+JUDGE_INTERVAL = (
+    2.0  # s after which a running run is judged again: heartbeats grow old without an event
+)
+JUDGE_FAILED = (
+    5.0  # s likewise for a failed one, which may come back (a machine that slept, a long step)
+)
 WATCHED_RUNS = 30  # newest runs per flow that are judged for the lists of runs: a page of the UI
 LOOK_COMPLETED = 15.0  # s between two looks at the files of a completed run that somebody has open
 SETTLED_AFTER = 10_000  # ms after which the directory of a finished task is not looked at any more
-UNNOTICED = 10  # s before `since` that are replayed too: the UI needs 7 s to notice that its socket is dead
+UNNOTICED = (
+    10  # s before `since` that are replayed too: the UI needs 7 s to notice that its socket is dead
+)
 REPLAY_SECONDS = 300  # how far back `since` goes, as in the real service
-RUN_AT_ONCE = 300  # tasks up to which a run is judged with every event; larger ones once per WATCH_INTERVAL
+RUN_AT_ONCE = (
+    300  # tasks up to which a run is judged with every event; larger ones once per WATCH_INTERVAL
+)
 SENT_KEPT = 50_000  # rows of which it is remembered what was sent last
 WS_MAX_RESOURCE = 8 * KIB  # characters of a subscription's resource, as a request line
 WS_MAX_UUID = 256  # characters of a subscription's uuid; it is repeated in every frame
@@ -300,7 +355,9 @@ READER_THREADS = 2  # for artifacts, logs and cards: disk and unpacking, both sh
 
 # The UI API.
 API_PREFIX = "/api"  # the UI's default place for its API on its own origin
-COMPLETED_TASKS = 25  # tasks per step whose artifact names are offered for completion: they hardly differ
+COMPLETED_TASKS = (
+    25  # tasks per step whose artifact names are offered for completion: they hardly differ
+)
 WIDE_RUN = 200  # rows of tasks from which on a list of them is kept for the next page
 SEARCH_SLICE = 50  # artifacts read at once by a search, between two messages of progress
 CONFIG_FILE_BYTES = 4 * MIB  # of a notifications, links or plugins file
@@ -308,7 +365,9 @@ PLUGIN_FILE_BYTES = 32 * MIB  # of one file of a plugin
 
 # The server.
 READ_SIZE = 64 * KIB  # one read of a socket; an asyncio stream holds at most twice that
-ONE_SHOT = 1.0  # s: who closes a connection so soon after its only request keeps none, and has not died
+ONE_SHOT = (
+    1.0  # s: who closes a connection so soon after its only request keeps none, and has not died
+)
 SIGNS_INTERVAL = 5.0  # s between two writes of the heartbeats; half of what Metaflow's client waits
 CONTROL_PREFIX = "/_mflocal/"  # the daemon's own routes (section 15)
 
@@ -404,14 +463,18 @@ def _switch(name: str, text: str) -> bool:
 
 def _mode(name: str, text: str) -> str:
     if text not in HEARTBEAT_MODES:
-        raise SettingsError("%s must be one of %s, not %r" % (name, ", ".join(HEARTBEAT_MODES), text))
+        raise SettingsError(
+            "%s must be one of %s, not %r" % (name, ", ".join(HEARTBEAT_MODES), text)
+        )
     return text
 
 
 def _key(name: str, text: str) -> str:
     # It travels in an HTTP header: anything but visible ASCII would be refused there, or altered.
     if len(text) > 512 or not all("!" <= c <= "~" for c in text):
-        raise SettingsError("%s must be visible ASCII characters without spaces, at most 512" % name)
+        raise SettingsError(
+            "%s must be visible ASCII characters without spaces, at most 512" % name
+        )
     return text
 
 
@@ -453,7 +516,9 @@ def _path(name: str, text: str) -> str:
 
 def _bind_host(name: str, text: str) -> str:
     host = _hostname(name, text)
-    return "127.0.0.1" if host == "localhost" else host  # localhost may mean two addresses; a URL only one
+    return (
+        "127.0.0.1" if host == "localhost" else host
+    )  # localhost may mean two addresses; a URL only one
 
 
 # field of Settings -> (flag or "", rest of the environment variable's name or "", parser)
@@ -475,7 +540,9 @@ OPTIONS: Mapping[str, Tuple[str, str, Any]] = {
 }
 
 
-def make_settings(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Optional[str] = None) -> Settings:
+def make_settings(
+    flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Optional[str] = None
+) -> Settings:
     """Settings from flags (field name -> text, or list of texts for the repeatable ones; absent or None =
     not given), then the environment, then the defaults. An empty variable counts as not set.
 
@@ -496,7 +563,8 @@ def make_settings(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Opt
     settings = Settings(root=root, asked=asked, **values)
     if not is_loopback(settings.host) and not settings.auth_key:
         raise SettingsError(
-            "--host %s would open the service to other machines: set %sAUTH_KEY first" % (settings.host, ENV_PREFIX)
+            "--host %s would open the service to other machines: set %sAUTH_KEY first"
+            % (settings.host, ENV_PREFIX)
         )
     return settings
 
@@ -569,7 +637,9 @@ def nearest_metaflow_dir(cwd: str) -> Optional[str]:
         current = parent
 
 
-def find_root(flag: Optional[str], environ: Mapping[str, str], cwd: Optional[str] = None) -> Tuple[str, bool]:
+def find_root(
+    flag: Optional[str], environ: Mapping[str, str], cwd: Optional[str] = None
+) -> Tuple[str, bool]:
     """(resolved directory that contains .metaflow, True if --root or its variable named it).
 
     Nothing is created. Without flag and variable the answer is the directory that Metaflow's local mode
@@ -579,7 +649,9 @@ def find_root(flag: Optional[str], environ: Mapping[str, str], cwd: Optional[str
         try:
             cwd = os.getcwd()
         except OSError as error:
-            raise SettingsError("the current directory cannot be used: %s" % error.strerror) from None
+            raise SettingsError(
+                "the current directory cannot be used: %s" % error.strerror
+            ) from None
     for name, text in (("--root", flag), (ENV_PREFIX + "ROOT", environ.get(ENV_PREFIX + "ROOT"))):
         if text:
             root = os.path.join(cwd, os.path.expanduser(text))
@@ -601,7 +673,9 @@ def _check_root(name: str, root: str) -> None:
     if "\0" in root:
         raise SettingsError("%s holds a NUL character" % name)
     if os.path.basename(os.path.normpath(root)) == METAFLOW_DIR:
-        raise SettingsError("%s must be the directory that contains .metaflow, not .metaflow itself" % name)
+        raise SettingsError(
+            "%s must be the directory that contains .metaflow, not .metaflow itself" % name
+        )
     if os.path.exists(root) and not os.path.isdir(root):
         raise SettingsError("%s is not a directory: %s" % (name, root))
 
@@ -696,7 +770,9 @@ def _no_constant(text: str) -> Any:
 
 
 def _short_int(text: str) -> int:
-    if len(text) > MAX_INT_DIGITS:  # older 3.9 and 3.10 would take minutes for a body full of digits
+    if (
+        len(text) > MAX_INT_DIGITS
+    ):  # older 3.9 and 3.10 would take minutes for a body full of digits
         raise ValueError(f"{text:.40}... is too long a number")
     return int(text)
 
@@ -710,7 +786,11 @@ def _finite(text: str) -> float:
 
 _decode = late(
     "_decode",
-    lambda: json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int).decode,
+    lambda: (
+        json.JSONDecoder(
+            parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int
+        ).decode
+    ),
 )
 
 
@@ -750,13 +830,19 @@ def lazy_pattern(pattern: AnyStr) -> re.Pattern[AnyStr]:
 # -- names. What passes here may become a file name; nothing else may.
 
 _RUN_ID = lazy_pattern(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}")
-_RESERVED = frozenset((".", "..", "_meta", "data", "latest_run"))  # the last three are local mode's own
+_RESERVED = frozenset(
+    (".", "..", "_meta", "data", "latest_run")
+)  # the last three are local mode's own
 _CONTROL = lazy_pattern(r"[\x00-\x1f\x7f/]")
 
 
 def is_flow_name(text: str) -> bool:
     """Flows and steps are Python identifiers whose directory name fits."""
-    return text.isidentifier() and text != "_meta" and len(text.encode("utf-8", "replace")) <= MAX_FILE_NAME
+    return (
+        text.isidentifier()
+        and text != "_meta"
+        and len(text.encode("utf-8", "replace")) <= MAX_FILE_NAME
+    )
 
 
 def is_run_id(text: str) -> bool:
@@ -770,7 +856,9 @@ def is_field_name(text: str, overhead: int) -> bool:
     `overhead` is the number of bytes that local mode's file name adds around the name.
     """
     try:
-        return _CONTROL.search(text) is None and len(text.encode("utf-8")) + overhead <= MAX_FILE_NAME
+        return (
+            _CONTROL.search(text) is None and len(text.encode("utf-8")) + overhead <= MAX_FILE_NAME
+        )
     except UnicodeEncodeError:
         return False
 
@@ -811,7 +899,9 @@ def split_artifact_file(name: str) -> Optional[Tuple[int, str]]:
     return int(attempt), rest[:-5]
 
 
-_IDS_FROM = 1_577_836_800_000  # 2020-01-01, so that ms * 8192 stays an integer that JavaScript can hold
+_IDS_FROM = (
+    1_577_836_800_000  # 2020-01-01, so that ms * 8192 stays an integer that JavaScript can hold
+)
 
 
 def metadata_id(path: str, ms: int) -> int:
@@ -819,7 +909,9 @@ def metadata_id(path: str, ms: int) -> int:
 
     The real service numbers the rows of its table; here the file is the row, so its id follows from it.
     """
-    return max(ms - _IDS_FROM, 0) * 8192 + zlib.crc32(path.encode("utf-8", "surrogateescape")) % 8192
+    return (
+        max(ms - _IDS_FROM, 0) * 8192 + zlib.crc32(path.encode("utf-8", "surrogateescape")) % 8192
+    )
 
 
 # -- records as local mode writes them (metaflow/metadata_provider/metadata.py, *_to_json)
@@ -827,7 +919,9 @@ def metadata_id(path: str, ms: int) -> int:
 
 def flow_record(flow: str, body: Mapping[str, Any], ms: int) -> Record:
     """A flow's `_self.json`; the keys beyond local mode's two only when the client sent them."""
-    extra = {key: body[key] for key in ("user_name", "tags", "system_tags") if body.get(key) is not None}
+    extra = {
+        key: body[key] for key in ("user_name", "tags", "system_tags") if body.get(key) is not None
+    }
     return {"flow_id": flow, **extra, "ts_epoch": ms}
 
 
@@ -962,12 +1056,16 @@ def artifact_body(value: Any) -> List[Record]:
         clean: Record = {}
         for key in ("name", "location", "ds_type", "sha", "type", "content_type", "user_name"):
             if row.get(key) is not None:
-                clean[key] = text_of(row[key], f"{what}: {key}", 0 if key == "location" else _NAME_LIMIT)
+                clean[key] = text_of(
+                    row[key], f"{what}: {key}", 0 if key == "location" else _NAME_LIMIT
+                )
         for key in ("tags", "system_tags"):
             if row.get(key) is not None:
                 clean[key] = tag_list(row[key], f"{what}: {key}")
         clean["attempt_id"] = attempt_number(row.get("attempt_id", 0), what)
-        if not is_field_name(clean.get("name", " "), len("_artifact_.json") + len(str(clean["attempt_id"]))):
+        if not is_field_name(
+            clean.get("name", " "), len("_artifact_.json") + len(str(clean["attempt_id"]))
+        ):
             raise Problem(400, f"{what}: name {clean.get('name', ' ')!r:.80} cannot be a file name")
         rows.append(clean)
     return rows
@@ -977,7 +1075,9 @@ def attempt_number(value: Any, what: str = "attempt") -> int:
     """An attempt from a body or URL: 0 to 32767 (the real service's int2). Raises Problem(400)."""
     text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 32768):
-        raise Problem(400, f"{what}: attempt must be a whole number from 0 to 32767, not {value!r:.40}")
+        raise Problem(
+            400, f"{what}: attempt must be a whole number from 0 to 32767, not {value!r:.40}"
+        )
     return int(text)
 
 
@@ -1026,7 +1126,9 @@ def run_row(flow: str, run_id: str, record: Mapping[str, Any], heartbeat: Option
 def verified_user(record: Mapping[str, Any]) -> Optional[str]:
     """The user of a run if its system tags vouch for it (`user:<user_name>`), else None."""
     user = record.get("user_name")
-    return user if user is not None and f"user:{user}" in (record.get("system_tags") or ()) else None
+    return (
+        user if user is not None and f"user:{user}" in (record.get("system_tags") or ()) else None
+    )
 
 
 def step_row(flow: str, run_id: str, record: Mapping[str, Any], run: Mapping[str, Any]) -> Record:
@@ -1044,7 +1146,12 @@ def step_row(flow: str, run_id: str, record: Mapping[str, Any], run: Mapping[str
 
 
 def task_row(
-    flow: str, run_id: str, task_id: str, record: Mapping[str, Any], run: Mapping[str, Any], heartbeat: Optional[int]
+    flow: str,
+    run_id: str,
+    task_id: str,
+    record: Mapping[str, Any],
+    run: Mapping[str, Any],
+    heartbeat: Optional[int],
 ) -> Record:
     """Task{...}; tags are the run's; `heartbeat` in whole seconds or None."""
     get = record.get
@@ -1112,7 +1219,10 @@ def value_text(value: Any) -> Optional[str]:
     if isinstance(value, list):
         parts = [value_text(part) or "" for part in value]
         quoted = [
-            p if _ARRAY_PLAIN.fullmatch(p) and p.upper() != "NULL" else json.dumps(p, ensure_ascii=False) for p in parts
+            p
+            if _ARRAY_PLAIN.fullmatch(p) and p.upper() != "NULL"
+            else json.dumps(p, ensure_ascii=False)
+            for p in parts
         ]
         return "{" + ",".join(quoted) + "}"
     return text_of(value, "value") if isinstance(value, (bool, int, float)) else json.dumps(value)
@@ -1173,7 +1283,15 @@ class TaskFacts:
     created_at and changed_at (newest change of the directory) in ms, heartbeat in s, attempts by number.
     """
 
-    __slots__ = ("created_at", "attempts", "heartbeat", "changed_at", "foreach_stack", "start_step", "end_step")
+    __slots__ = (
+        "created_at",
+        "attempts",
+        "heartbeat",
+        "changed_at",
+        "foreach_stack",
+        "start_step",
+        "end_step",
+    )
 
     def __init__(self) -> None:
         self.created_at: Optional[int] = None
@@ -1257,7 +1375,17 @@ class RunNode:
 class StepNode:
     """A step's directory."""
 
-    __slots__ = ("run", "name", "path", "record", "sig", "children", "dir_sig", "baseline", "listed")
+    __slots__ = (
+        "run",
+        "name",
+        "path",
+        "record",
+        "sig",
+        "children",
+        "dir_sig",
+        "baseline",
+        "listed",
+    )
 
     def __init__(self, run: RunNode, name: str) -> None:
         self.run = run
@@ -1274,7 +1402,19 @@ class StepNode:
 class TaskNode:
     """A task's directory; `facts` is kept while the directory does not change."""
 
-    __slots__ = ("step", "id", "path", "record", "sig", "facts", "meta_sig", "read", "signs", "memo", "checked")
+    __slots__ = (
+        "step",
+        "id",
+        "path",
+        "record",
+        "sig",
+        "facts",
+        "meta_sig",
+        "read",
+        "signs",
+        "memo",
+        "checked",
+    )
 
     def __init__(self, step: StepNode, id: str) -> None:
         self.step = step
@@ -1377,7 +1517,11 @@ def disk_problem(error: OSError, path: str) -> Problem:
     """The answer for a failed write: 507 when the disk is full, else 500; both name the path."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return Problem(507 if full else 500, f"cannot write {path}: {reason}", id="no-space" if full else "disk-error")
+    return Problem(
+        507 if full else 500,
+        f"cannot write {path}: {reason}",
+        id="no-space" if full else "disk-error",
+    )
 
 
 if TYPE_CHECKING:
@@ -1407,7 +1551,9 @@ class Store:
         self._last_run = 0
         self._tags: Dict[str, str] = {}
         self._unsaved: Set[RunOrTask] = set()
-        self._rows: collections.OrderedDict[Tuple[str, str], Tuple[int, List[Record]]] = collections.OrderedDict()
+        self._rows: collections.OrderedDict[Tuple[str, str], Tuple[int, List[Record]]] = (
+            collections.OrderedDict()
+        )
         self._rows_held = 0
 
     # -- writing
@@ -1440,7 +1586,9 @@ class Store:
         try:
             try:
                 self._publish(data, path)
-            except FileNotFoundError:  # somebody tidied up; our own folder is made again, never .metaflow
+            except (
+                FileNotFoundError
+            ):  # somebody tidied up; our own folder is made again, never .metaflow
                 self.discard_blanks()
                 if not os.path.lexists(self.temp_dir):
                     os.mkdir(self.temp_dir, 0o700)
@@ -1478,7 +1626,9 @@ class Store:
     def _new_file(self) -> Tuple[int, str]:
         """(descriptor, path) of a new, empty file in our folder for them. Raises OSError."""
         temp = f"{self._temp}{next(self._serial)}"
-        return os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), temp
+        return os.open(
+            temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        ), temp
 
     def discard_blanks(self) -> None:
         """Removes what prepare() has made."""
@@ -1513,12 +1663,16 @@ class Store:
                 made.append(path)
             except FileExistsError:
                 if not _is_directory(path):
-                    raise Problem(500, f"cannot write {path}: it is not a directory", id="disk-error") from None
+                    raise Problem(
+                        500, f"cannot write {path}: it is not a directory", id="disk-error"
+                    ) from None
             except OSError as error:
                 _remove_empty(made)
                 raise disk_problem(error, path) from None
         own = f"{meta}/_self.json"
-        if meta not in made and os.path.lexists(own):  # in a directory that we have just made there is none
+        if meta not in made and os.path.lexists(
+            own
+        ):  # in a directory that we have just made there is none
             return False
         try:
             self._write(own, record)
@@ -1539,7 +1693,9 @@ class Store:
         self._tell(Event("flow", node))
         return node
 
-    def create_run(self, flow: FlowNode, body: Record, run_id: Optional[str] = None) -> Optional[RunNode]:
+    def create_run(
+        self, flow: FlowNode, body: Record, run_id: Optional[str] = None
+    ) -> Optional[RunNode]:
         """Makes a run: id microseconds since the epoch, strictly rising and exclusive by mkdir, or the client's.
 
         None when the client's id is taken. A first heartbeat counts from now on (api: heartbeats).
@@ -1579,7 +1735,9 @@ class Store:
         self._tell(Event("step", self._flows[run.flow], run, node))
         return node
 
-    def create_task(self, step: StepNode, body: Record, task_id: Optional[str] = None) -> Optional[TaskNode]:
+    def create_task(
+        self, step: StepNode, body: Record, task_id: Optional[str] = None
+    ) -> Optional[TaskNode]:
         """Makes a task: the run's next number, exclusive by mkdir, or the client's id; None when that is taken."""
         run = step.run
         self._check_place(step.path)
@@ -1593,7 +1751,9 @@ class Store:
                 if not _exclusive(node.path):
                     run.next_task = None
                     continue
-            if not self._make(node, object_record(ids, run.flow, body, ms), claimed=task_id is None):
+            if not self._make(
+                node, object_record(ids, run.flow, body, ms), claimed=task_id is None
+            ):
                 return None
             break
         step.children[number] = node
@@ -1615,7 +1775,9 @@ class Store:
                         highest = max(highest, int(task))
             run.next_task = highest + 1
         self._scan(run, lambda name: StepNode(run, name), is_flow_name)
-        while any([os.path.lexists(f"{step.path}/{run.next_task}") for step in run.children.values()]):
+        while any(
+            [os.path.lexists(f"{step.path}/{run.next_task}") for step in run.children.values()]
+        ):
             run.next_task += 1
         return run.next_task
 
@@ -1682,7 +1844,9 @@ class Store:
         self._tell_rows("artifact", task, records, written)
         return len(records)
 
-    def _tell_rows(self, kind: str, task: TaskNode, records: List[Record], written: List[str]) -> None:
+    def _tell_rows(
+        self, kind: str, task: TaskNode, records: List[Record], written: List[str]
+    ) -> None:
         if not records:
             return
         if task.facts is not None:
@@ -1695,7 +1859,9 @@ class Store:
         for record, path in zip(records, written):
             if kind == "metadata":
                 record["id"] = metadata_id(path[len(self.root) :], record["ts_epoch"])
-        self._tell(Event(kind, self._flows[task.run.flow], task.run, task.step, task, tuple(records)))
+        self._tell(
+            Event(kind, self._flows[task.run.flow], task.run, task.step, task, tuple(records))
+        )
 
     def replace_tags(self, run: RunNode, tags: List[str]) -> None:
         """Rewrites a run's user tags; its ts_epoch, user and unknown keys stay (local mode would reset them)."""
@@ -1720,7 +1886,9 @@ class Store:
                 signs.lease = saved["lease"]
             signs.beats = saved.get("beats") is True
             if isinstance(lost, dict):
-                signs.lost = {int(k): v for k, v in lost.items() if is_number(k) and isinstance(v, int)}
+                signs.lost = {
+                    int(k): v for k, v in lost.items() if is_number(k) and isinstance(v, int)
+                }
         return node.signs
 
     def beat(self, node: RunOrTask, at: int, own: bool = False) -> None:
@@ -1797,7 +1965,10 @@ class Store:
         # readers revalidate, stays as it is.
         signs = self.signs(node)
         self._unsaved.discard(node)
-        saved: Record = {"last_heartbeat_ts": signs.heartbeat, "lost": {str(k): v for k, v in signs.lost.items()}}
+        saved: Record = {
+            "last_heartbeat_ts": signs.heartbeat,
+            "lost": {str(k): v for k, v in signs.lost.items()},
+        }
         if signs.lease is not None:
             saved["lease"] = signs.lease
         if signs.beats:
@@ -1853,7 +2024,9 @@ class Store:
             if isinstance(tags, list):
                 if len(self._tags) > 50_000:
                     self._tags.clear()
-                record[key] = [self._tags.setdefault(t, t) if isinstance(t, str) else t for t in tags]
+                record[key] = [
+                    self._tags.setdefault(t, t) if isinstance(t, str) else t for t in tags
+                ]
 
     def _flow_node(self, name: str) -> Optional[FlowNode]:
         node = self._flows.get(name)
@@ -1935,7 +2108,10 @@ class Store:
     # -- reading lists
 
     def _scan(
-        self, node: Union[FlowNode, RunNode, StepNode], make: Callable[[str], Any], good: Callable[[str], bool]
+        self,
+        node: Union[FlowNode, RunNode, StepNode],
+        make: Callable[[str], Any],
+        good: Callable[[str], bool],
     ) -> None:
         """Brings `children` up to date with the directory if its mtime changed."""
         try:
@@ -1973,8 +2149,14 @@ class Store:
         if mtime != self._root_sig:
             try:
                 with os.scandir(self.root) as entries:
-                    names = {e.name for e in entries if is_flow_name(e.name) and e.is_dir(follow_symlinks=False)}
-            except OSError:  # for a moment, perhaps: what is known stays, and the next call looks again
+                    names = {
+                        e.name
+                        for e in entries
+                        if is_flow_name(e.name) and e.is_dir(follow_symlinks=False)
+                    }
+            except (
+                OSError
+            ):  # for a moment, perhaps: what is known stays, and the next call looks again
                 names, mtime = set(flows), 0
             for name in flows.keys() - names:
                 del flows[name]
@@ -2006,7 +2188,9 @@ class Store:
             flow.listed = found
         return list(flow.listed)
 
-    async def _readable(self, nodes: List[_Named], tell: Callable[[_Named], None], known: bool) -> List[_Named]:
+    async def _readable(
+        self, nodes: List[_Named], tell: Callable[[_Named], None], known: bool
+    ) -> List[_Named]:
         """Those nodes of a directory that have a `_self.json`, newest first; new ones are told if it was `known`."""
         pace, found = Pacer(), []
         for node in nodes:
@@ -2066,7 +2250,9 @@ class Store:
         self._scan(step, lambda name: TaskNode(step, name), is_run_id)
         return list(step.children.values())
 
-    def trim(self, held: Collection[RunNode], limit: int = TASKS_KEPT, rest: float = TASKS_REST) -> int:
+    def trim(
+        self, held: Collection[RunNode], limit: int = TASKS_KEPT, rest: float = TASKS_REST
+    ) -> int:
         """Forgets steps and tasks of the runs that were asked for the longest ago, until `limit` tasks are left.
 
         Not those of `held` runs, of runs asked for in the last `rest` seconds, or with signs that are not on disk
@@ -2202,7 +2388,9 @@ class Store:
             if record is not None:
                 rows.append(record)
                 await pace()
-            elif (split_metadata_file(name) if kind == "metadata" else split_artifact_file(name)) is not None:
+            elif (
+                split_metadata_file(name) if kind == "metadata" else split_artifact_file(name)
+            ) is not None:
                 half = half or _may_grow(f"{meta}/{name}")
         if kind == "metadata":
             _number(rows)
@@ -2360,7 +2548,12 @@ def _number(rows: List[Record]) -> None:
         last = row["id"]
 
 
-_FACT_FIELDS = ("sysmeta_attempt", "sysmeta_foreach-stack_", "sysmeta_start_step_", "sysmeta_end_step_")
+_FACT_FIELDS = (
+    "sysmeta_attempt",
+    "sysmeta_foreach-stack_",
+    "sysmeta_start_step_",
+    "sysmeta_end_step_",
+)
 
 
 def _is_fact(name: str) -> bool:
@@ -2370,7 +2563,12 @@ def _is_fact(name: str) -> bool:
 def attempt_of_tags(tags: Any) -> Optional[int]:
     """The attempt that a metadata record's `attempt_id:N` tag names, or None."""
     for tag in tags if isinstance(tags, list) else ():
-        if isinstance(tag, str) and tag.startswith("attempt_id:") and tag[11:].isascii() and tag[11:].isdigit():
+        if (
+            isinstance(tag, str)
+            and tag.startswith("attempt_id:")
+            and tag[11:].isascii()
+            and tag[11:].isdigit()
+        ):
             return int(tag[11:][:6])
     return None
 
@@ -2383,13 +2581,28 @@ def _take_fact(facts: TaskFacts, name: str, record: Record) -> None:
     if artifact is not None:
         if artifact[1] == "_task_ok":
             attempt = facts.attempt(artifact[0])
-            kept = ("name", "sha", "location", "ds_type", "content_type", "type", "run_number", "step_name", "task_id")
+            kept = (
+                "name",
+                "sha",
+                "location",
+                "ds_type",
+                "content_type",
+                "type",
+                "run_number",
+                "step_name",
+                "task_id",
+            )
             attempt.task_ok_at, attempt.task_ok_record = at, {key: record.get(key) for key in kept}
         return
     parts = split_metadata_file(name)
     field, value = parts[0] if parts else "", record.get("value")
     if field in ("attempt", "attempt-done"):
-        if isinstance(value, (str, int)) and str(value).isascii() and str(value).isdigit() and len(str(value)) < 6:
+        if (
+            isinstance(value, (str, int))
+            and str(value).isascii()
+            and str(value).isdigit()
+            and len(str(value)) < 6
+        ):
             attempt = facts.attempt(int(value))
             if field == "attempt":
                 attempt.started_at = max(at, attempt.started_at or 0)
@@ -2431,7 +2644,9 @@ class Liveness:
         self._nodes: Dict[_Key, RunOrTask] = {}
         self._beaten: Dict[str, RunOrTask] = {}
         self._leases: Dict[str, Set[Hashable]] = {}
-        self._over: Set[str] = set()  # leases whose command has ended, perhaps with a flow left in the background
+        self._over: Set[str] = (
+            set()
+        )  # leases whose command has ended, perhaps with a flow left in the background
         self.frozen = False
 
     # -- what is heard
@@ -2525,7 +2740,11 @@ class Liveness:
                 del self._nodes[key]
                 self._gone(node, key[1], sure=True)
         signs = self._store.signs(run)
-        silent = signs.beats and signs.heartbeat is not None and time.time() - signs.heartbeat > self._cutoff
+        silent = (
+            signs.beats
+            and signs.heartbeat is not None
+            and time.time() - signs.heartbeat > self._cutoff
+        )
         if 0 not in signs.lost and not silent:  # a silent one has died long before its wrapper
             self._gone(run, _RUN, sure=True)
 
@@ -2574,11 +2793,15 @@ class Liveness:
 
     def speaks(self, connection: Hashable) -> bool:
         """Whether a connection stands for something unfinished (then it is never closed for being idle)."""
-        return any(not self._finished(self._nodes[key], key[1]) for key in self._spoken.get(connection, ()))
+        return any(
+            not self._finished(self._nodes[key], key[1]) for key in self._spoken.get(connection, ())
+        )
 
     def busy(self) -> bool:
         """Whether any wrapper lives or any connection stands for something unfinished."""
-        return bool(self._leases) or any(not self._finished(self._nodes[key], key[1]) for key in self._open)
+        return bool(self._leases) or any(
+            not self._finished(self._nodes[key], key[1]) for key in self._open
+        )
 
     def active_runs(self, cutoff: int) -> List[Tuple[RunNode, str]]:
         """(run, how it is known to be alive: connection, heartbeat or lease) of every unfinished run."""
@@ -2619,7 +2842,13 @@ class Liveness:
 
 # ---- 5. Status: what attempts, steps and runs look like to a reader ----
 
-COMPLETED, FAILED, RUNNING, PENDING, UNKNOWN = "completed", "failed", "running", "pending", "unknown"
+COMPLETED, FAILED, RUNNING, PENDING, UNKNOWN = (
+    "completed",
+    "failed",
+    "running",
+    "pending",
+    "unknown",
+)
 
 # Step decorators of Metaflow's own whose retries are known; any other may bring retries of its own.
 _NO_RETRIES = frozenset(
@@ -2739,7 +2968,9 @@ def attempt_rows(
             status, finished = FAILED, superseded
         else:
             status, finished = _unfinished(facts, number, attempt, view)
-        rows.append(_attempt_row(number, status, attempt.started_at, finished, ok, facts.created_at, now))
+        rows.append(
+            _attempt_row(number, status, attempt.started_at, finished, ok, facts.created_at, now)
+        )
         begin = _begin_of(attempt)
         superseded = superseded if begin is None else begin
     rows.reverse()
@@ -2764,7 +2995,9 @@ def _attempt_row(
     return AttemptStatus(number, status, started, finished, elapsed(start, finished), ok)
 
 
-def _unfinished(facts: TaskFacts, number: int, attempt: AttemptFacts, view: _AttemptView) -> Tuple[str, Optional[int]]:
+def _unfinished(
+    facts: TaskFacts, number: int, attempt: AttemptFacts, view: _AttemptView
+) -> Tuple[str, Optional[int]]:
     """(status, finished_at) of an attempt that Metaflow has said nothing final about: rules 4 to 8."""
     life = view.alive(number)
     if life and not (view.run_ended and attempt.started_at is None):
@@ -2773,7 +3006,9 @@ def _unfinished(facts: TaskFacts, number: int, attempt: AttemptFacts, view: _Att
     sign = newest(beat, attempt.started_at, facts.created_at)
     if life is False or attempt.lost_at is not None:
         lost = attempt.lost_at
-        beaten_since = beat is not None and lost is not None and beat > lost and view.now - beat <= view.cutoff
+        beaten_since = (
+            beat is not None and lost is not None and beat > lost and view.now - beat <= view.cutoff
+        )
         if not beaten_since:
             return FAILED, lost if lost is not None else sign
     if view.run_ended:
@@ -2873,7 +3108,11 @@ class RunSummary:
         """
         began = -1 if self.end_started_at is None else self.end_started_at
         if self.end_ok is not None and self.end_ok_at is not None:
-            return None if not self.end_ok and self.end_ok_at < began else (self.end_ok, self.end_ok_at)
+            return (
+                None
+                if not self.end_ok and self.end_ok_at < began
+                else (self.end_ok, self.end_ok_at)
+            )
         if self.end_done_at is not None and self.end_done_at >= began:
             return task_ok is not False, self.end_done_at
         return None
@@ -2942,12 +3181,20 @@ def run_status(
 
 
 def _last_sign(
-    created_at: Optional[int], summary: RunSummary, beat: Optional[int], cutoff: float, local_cutoff: float
+    created_at: Optional[int],
+    summary: RunSummary,
+    beat: Optional[int],
+    cutoff: float,
+    local_cutoff: float,
 ) -> Tuple[Optional[int], Optional[int], float]:
     """(last sign of life, finish if that was all, s of silence that a living run may have): rules 5 and 6."""
     if beat is not None:
         silence = min(cutoff, FAILED_CUTOFF) if summary.failures else cutoff
-        return newest(beat, summary.last_event, created_at), newest(beat, summary.last_finish), silence
+        return (
+            newest(beat, summary.last_event, created_at),
+            newest(beat, summary.last_finish),
+            silence,
+        )
     sign = newest(summary.last_event, summary.changed_at, created_at)
     if not summary.failures and summary.unfinished:
         return sign, sign, local_cutoff
@@ -3012,7 +3259,10 @@ def step_duration(
 # ---- 6. Query: filters, tags, order, groups, pages and cursors ----
 PAGE_LIMIT, MAX_PAGE_LIMIT = 10, 1000  # rows (or groups) of a UI page, as the UI backend has them
 GROUP_LIMIT, MAX_GROUP_LIMIT = 10, 1000  # rows per group, likewise
-CURSOR_LIMIT, MAX_CURSOR_LIMIT = 50, 500  # rows of a metadata API page, as the metadata service has them
+CURSOR_LIMIT, MAX_CURSOR_LIMIT = (
+    50,
+    500,
+)  # rows of a metadata API page, as the metadata service has them
 
 if TYPE_CHECKING:
     Row = Mapping[str, Any]
@@ -3050,13 +3300,24 @@ UI_COLUMNS = {
         "run_number task_id attempt_id ts_epoch",
     ),
 }
-SERVICE_RUN_COLUMNS = _columns("flow_id run_id user_name user", "run_number ts_epoch last_heartbeat_ts")
+SERVICE_RUN_COLUMNS = _columns(
+    "flow_id run_id user_name user", "run_number ts_epoch last_heartbeat_ts"
+)
 SERVICE_RUN_COLUMNS["status"] = "status"
 SERVICE_TASK_COLUMNS = _columns("task_name user_name", "task_id ts_epoch last_heartbeat_ts")
 del SERVICE_TASK_COLUMNS["tags"], SERVICE_TASK_COLUMNS["system_tags"]  # a task carries its run's
 # Computed columns: the UI backend ignores them as a group.
 NOT_GROUPED = frozenset(
-    ("run", "status", "finished_at", "duration", "started_at", "attempt_id", "task_ok", "foreach_label")
+    (
+        "run",
+        "status",
+        "finished_at",
+        "duration",
+        "started_at",
+        "attempt_id",
+        "task_ok",
+        "foreach_label",
+    )
 )
 
 _STATUSES = frozenset(("running", "completed", "failed"))
@@ -3102,7 +3363,9 @@ def like_matcher(pattern: str, *, ignore_case: bool = True) -> Callable[[str], b
 
     def matches_like(text: str) -> bool:
         """Whether the whole text fits: the first piece at its start, the last at its end, the others leftmost."""
-        if jokers:  # a piece with _ is tried at every place: length of the text times that of the pattern
+        if (
+            jokers
+        ):  # a piece with _ is tried at every place: length of the text times that of the pattern
             text = text[:MAX_PATTERN_TEXT]
         if ignore_case:
             text = text.lower()
@@ -3154,9 +3417,12 @@ def _finder(piece: List[str]) -> Callable[[str, int], int]:
 
 
 _RE_PACKAGE = sys.version_info >= (3, 11)
-_re_parser: Any = late("_re_parser", lambda: importlib.import_module("re._parser" if _RE_PACKAGE else "sre_parse"))
+_re_parser: Any = late(
+    "_re_parser", lambda: importlib.import_module("re._parser" if _RE_PACKAGE else "sre_parse")
+)
 _re_compiler: Any = late(
-    "_re_compiler", lambda: importlib.import_module("re._compiler" if _RE_PACKAGE else "sre_compile")
+    "_re_compiler",
+    lambda: importlib.import_module("re._compiler" if _RE_PACKAGE else "sre_compile"),
 )
 _LEAVES = frozenset(("LITERAL", "NOT_LITERAL", "ANY", "IN"))
 _SPECIAL = frozenset("\\.^$*+?{}[]()|")
@@ -3185,7 +3451,9 @@ class _Automaton:
         self._nodes: List[Tuple[Any, ...]] = [("accept",)]
         self._has_places = False
         self._search = search
-        self._tests: Dict[Tuple[str, str, int], Callable[[str], bool]] = {}  # x{399} is one test, not 399
+        self._tests: Dict[
+            Tuple[str, str, int], Callable[[str], bool]
+        ] = {}  # x{399} is one test, not 399
         self._begin = self._sequence(tree, int(tree.state.flags), 0)
         self._yes, self._no = _PatternState(), _PatternState()
         self._work = 0
@@ -3340,7 +3608,9 @@ def _place_test(name: str, flags: int) -> Callable[[str, str, bool], bool]:
     lines, ascii_only = bool(flags & re.MULTILINE), bool(flags & re.ASCII)
 
     def word(char: str) -> bool:
-        return len(char) == 1 and (char == "_" or (char.isalnum() and (char.isascii() or not ascii_only)))
+        return len(char) == 1 and (
+            char == "_" or (char.isalnum() and (char.isascii() or not ascii_only))
+        )
 
     if name in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
         lines = lines and name == "AT_BEGINNING"
@@ -3407,7 +3677,9 @@ class Filters(list["Predicate"]):
         self.columns = frozenset(columns)
 
 
-def parse_filters(args: Args, columns: Mapping[str, str], *, strict: bool = False, tags: bool = True) -> Filters:
+def parse_filters(
+    args: Args, columns: Mapping[str, str], *, strict: bool = False, tags: bool = True
+) -> Filters:
     """The filters among query parameters, compiled: `field[:op]=v1,v2` (comma = or) and `_tags[:how]=a,b`.
 
     columns: column -> kind (see UI_COLUMNS). Filters on other columns and other `_x` are ignored. A row
@@ -3500,7 +3772,12 @@ def _one_of(field: str, values: List[str], kind: str, with_null: bool, strict: b
         else:
             _check_status(value, kind, strict)
             wanted.add(value)
-            if value.isascii() and value.isdigit() and (value[0] != "0" or value == "0") and len(value) < 20:
+            if (
+                value.isascii()
+                and value.isdigit()
+                and (value[0] != "0" or value == "0")
+                and len(value) < 20
+            ):
                 wanted.add(int(value))
 
     def one_of(row: Row) -> bool:
@@ -3545,11 +3822,15 @@ def _value_test(field: str, op: str, value: str, kind: str, strict: bool) -> Cal
     return lambda found: test(str(found))
 
 
-def _number_test(op: str, compare: Callable[[Any, Any], bool], wanted: int) -> Callable[[Any], bool]:
+def _number_test(
+    op: str, compare: Callable[[Any, Any], bool], wanted: int
+) -> Callable[[Any], bool]:
     def test(found: Any) -> bool:
         if not isinstance(found, int):
             if not (isinstance(found, str) and _INTEGER.fullmatch(found)):
-                return op == "ne"  # an id that is text: not equal to any number, and neither more nor less
+                return (
+                    op == "ne"
+                )  # an id that is text: not equal to any number, and neither more nor less
             found = int(found)
         return compare(found, wanted)
 
@@ -3679,7 +3960,9 @@ def parse_order(args: Args, columns: Collection[str], *, first: Order = ()) -> O
     return order
 
 
-def parse_page(args: Args, *, default_limit: int = PAGE_LIMIT, max_limit: int = MAX_PAGE_LIMIT) -> Tuple[int, int]:
+def parse_page(
+    args: Args, *, default_limit: int = PAGE_LIMIT, max_limit: int = MAX_PAGE_LIMIT
+) -> Tuple[int, int]:
     """(page from 1, limit with 0 = all) of `_page` and `_limit`; junk and negative values get the default."""
     page = _whole_number(first_arg(args, "_page"))
     return max(page or 1, 1), _limit_of(first_arg(args, "_limit"), default_limit, max_limit)
@@ -3849,13 +4132,22 @@ def envelope(
         "last": last_page,
     }
     links = {
-        name: _page_link(base, path, args, number) if number is not None else None for name, number in numbers.items()
+        name: _page_link(base, path, args, number) if number is not None else None
+        for name, number in numbers.items()
     }
     links["self"] = _page_link(base, path, args)
-    return {"data": data, "status": status, "links": links, "pages": numbers, "query": _query_echo(args)}
+    return {
+        "data": data,
+        "status": status,
+        "links": links,
+        "pages": numbers,
+        "query": _query_echo(args),
+    }
 
 
-def envelope_one(data: Any, base: str, path: str, args: Args, *, status: int = 200) -> Dict[str, Any]:
+def envelope_one(
+    data: Any, base: str, path: str, args: Args, *, status: int = 200
+) -> Dict[str, Any]:
     """The UI's envelope of a single object: data, status, links.self, query."""
     links = {"self": _page_link(base, path, args)}
     return {"data": data, "status": status, "links": links, "query": _query_echo(args)}
@@ -3884,7 +4176,9 @@ def cursor_page(
     text = first_arg(args, "_limit") or ""
     limit = CURSOR_LIMIT if not text else _whole_number(text)
     if limit is None or limit < 0:
-        raise Problem(400, "invalid _limit: expected an integer from 0, got '%s'" % text, id="invalid-limit")
+        raise Problem(
+            400, "invalid _limit: expected an integer from 0, got '%s'" % text, id="invalid-limit"
+        )
     limit = min(limit, MAX_CURSOR_LIMIT)
     headers = {"X-Limit": str(limit)}
 
@@ -3916,7 +4210,9 @@ def _decode_cursor(cursor: str, key_fields: Sequence[str]) -> Dict[str, Any]:
     import base64
 
     try:
-        record = loads(base64.b64decode(cursor.replace(" ", "+"), validate=True))  # a bare + comes as a space
+        record = loads(
+            base64.b64decode(cursor.replace(" ", "+"), validate=True)
+        )  # a bare + comes as a space
         values = {field: record[field] for field in key_fields}
     except (Problem, ValueError, KeyError, TypeError):
         raise Problem(400, "Invalid cursor", id="invalid-cursor") from None
@@ -3947,7 +4243,9 @@ class _OverLimit(Exception):
 
 def _is_part(text: Any) -> bool:
     """Whether `text` can be one part of a path below the root."""
-    return isinstance(text, str) and text not in ("", ".", "..") and not set(text) & {"/", "\\", "\0"}
+    return (
+        isinstance(text, str) and text not in ("", ".", "..") and not set(text) & {"/", "\\", "\0"}
+    )
 
 
 def _is_below(path: str, root: str) -> bool:
@@ -3963,7 +4261,12 @@ def _open_below(root: str, parts: Sequence[str]) -> Optional[IO[bytes]]:
     if not all(_is_part(part) for part in parts):
         return None
     path = os.path.join(root, *parts)
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags = (
+        os.O_RDONLY
+        | getattr(os, "O_NOFOLLOW", 0)
+        | getattr(os, "O_NONBLOCK", 0)
+        | getattr(os, "O_BINARY", 0)
+    )
     try:
         descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError):
@@ -4026,7 +4329,9 @@ def is_here(metaflow_dir: str, ds_type: Any, ds_root: Any) -> bool:
     if "://" in ds_root or "\0" in ds_root:
         return False
     try:
-        return ds_root == metaflow_dir or os.path.realpath(ds_root) == os.path.realpath(metaflow_dir)
+        return ds_root == metaflow_dir or os.path.realpath(ds_root) == os.path.realpath(
+            metaflow_dir
+        )
     except ValueError:  # a lone surrogate or a NUL: no path at all
         return False
 
@@ -4035,10 +4340,16 @@ def not_local_text(ds_type: Any, ds_root: Any) -> str:
     """What people are told about data that are somewhere else."""
     place = " (%s)" % ds_root if isinstance(ds_root, str) and ds_root else ""
     if ds_type in (None, "", "local"):
-        return "The data is not local: it is in another local datastore%s, which this service does not open." % place
-    return "The data is not local: it is in the %s datastore%s. Use Metaflow's client to read it." % (
-        ds_type,
-        place,
+        return (
+            "The data is not local: it is in another local datastore%s, which this service does not open."
+            % place
+        )
+    return (
+        "The data is not local: it is in the %s datastore%s. Use Metaflow's client to read it."
+        % (
+            ds_type,
+            place,
+        )
     )
 
 
@@ -4134,12 +4445,26 @@ _OLD_MODULES = {"__builtin__": "builtins", "exceptions": "builtins", "copy_reg":
 _OLD_MODULES["pathlib._local"] = "pathlib"
 _OLD_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
 # Functions of numpy, pandas and copyreg that make an object of the class they get first.
-_RECONSTRUCTORS = frozenset(("_reconstructor", "_reconstruct", "__newobj__", "__newobj_ex__", "_new_Index"))
+_RECONSTRUCTORS = frozenset(
+    ("_reconstructor", "_reconstruct", "__newobj__", "__newobj_ex__", "_new_Index")
+)
 _KINDS_OF_TIME = ("datetime", "date", "time", "timedelta", "timezone")
 _PLAIN_KINDS = late(
     "_PLAIN_KINDS",
     lambda: frozenset(
-        [str, int, float, bool, type(None), bytes, complex, range, PickledName, PickledObject, PlainValue]
+        [
+            str,
+            int,
+            float,
+            bool,
+            type(None),
+            bytes,
+            complex,
+            range,
+            PickledName,
+            PickledObject,
+            PlainValue,
+        ]
         + [getattr(datetime, name) for name in _KINDS_OF_TIME]
     ),
 )
@@ -4322,10 +4647,21 @@ class _PickleMachine:
         except UnreadablePickle:
             raise
         except KeyError:
-            raise UnreadablePickle("not a pickle: unknown instruction or reference near byte %d" % self.at) from None
+            raise UnreadablePickle(
+                "not a pickle: unknown instruction or reference near byte %d" % self.at
+            ) from None
         except IndexError:
-            raise UnreadablePickle("the pickle is cut short or broken near byte %d" % self.at) from None
-        except (ValueError, TypeError, ArithmeticError, struct.error, MemoryError, RecursionError) as error:
+            raise UnreadablePickle(
+                "the pickle is cut short or broken near byte %d" % self.at
+            ) from None
+        except (
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            struct.error,
+            MemoryError,
+            RecursionError,
+        ) as error:
             raise UnreadablePickle("broken pickle: %s" % type(error).__name__) from None
 
     def in_time(self) -> None:
@@ -4493,7 +4829,11 @@ class _PickleMachine:
         """What `__setstate__` would get: kept for foreign objects and Metaflow configs, else dropped."""
         if isinstance(target, PickledObject) and target.of.module != "pickle":
             target.state = state
-        elif type(target) is _Config and isinstance(state, dict) and isinstance(state.get("_data"), dict):
+        elif (
+            type(target) is _Config
+            and isinstance(state, dict)
+            and isinstance(state.get("_data"), dict)
+        ):
             self.count_copies((state["_data"],))
             target.update(state["_data"])
 
@@ -4659,7 +4999,9 @@ _OPCODES: Dict[int, Callable[[_PickleMachine], None]] = {
     0x58: lambda m: m.push(m.text(m.number(4))),  # BINUNICODE
     0x61: _run_append,
     0x62: _run_build,
-    0x63: lambda m: m.push(PickledName(m.line().decode("utf-8"), m.line().decode("utf-8"))),  # GLOBAL
+    0x63: lambda m: m.push(
+        PickledName(m.line().decode("utf-8"), m.line().decode("utf-8"))
+    ),  # GLOBAL
     0x64: _run_dict,
     0x65: _run_marked(_PickleMachine.append_items),  # APPENDS
     0x67: lambda m: m.push(m.memo[int(m.line())]),  # GET
@@ -4758,7 +5100,13 @@ class _TextWriter:
     def write_container(self, value: Any) -> None:
         """Add a container; one inside itself, or nested too deep, as `[...]`."""
         if id(value) in self.open or len(self.open) >= VALUE_DEPTH:
-            self.put("{...}" if isinstance(value, dict) else "(...)" if isinstance(value, tuple) else "[...]")
+            self.put(
+                "{...}"
+                if isinstance(value, dict)
+                else "(...)"
+                if isinstance(value, tuple)
+                else "[...]"
+            )
             return
         self.open.add(id(value))
         if isinstance(value, dict):
@@ -4847,7 +5195,9 @@ def _known_object(value: PickledObject, writer: Optional[_TextWriter] = None) ->
         trace = state.get("stacktrace")
         text = trace if isinstance(trace, str) else ""
         if not text:
-            parts = [state.get(name) for name in ("type", "exception")]  # both are text, unless somebody is hostile
+            parts = [
+                state.get(name) for name in ("type", "exception")
+            ]  # both are text, unless somebody is hostile
             parts = [part if part is None or isinstance(part, str) else "..." for part in parts]
             text = "[no stacktrace]\n%s: %s" % (parts[0], parts[1])
         return text, text
@@ -4857,7 +5207,10 @@ def _known_object(value: PickledObject, writer: Optional[_TextWriter] = None) ->
         text = "%s(%r)" % (of.name, path) if isinstance(path, str) else ""
         return text, text
     if of.module == "builtins" and of.name in _FLAT_ERRORS and len(value.args) < 10:
-        if any(type(arg) not in _PLAIN_KINDS or type(arg) in (PickledObject, PickledName) for arg in value.args):
+        if any(
+            type(arg) not in _PLAIN_KINDS or type(arg) in (PickledObject, PickledName)
+            for arg in value.args
+        ):
             return "", ""
         args = _TextWriter(writer.left if writer else ARTIFACT_TEXT)
         args.write_items(value.args)
@@ -4912,7 +5265,10 @@ class _JsonMaker:
             self.open.add(id(value))
             made: Any
             if isinstance(value, dict):
-                made = {key if type(key) is str else _text_or_type(key): self.make(item) for key, item in value.items()}
+                made = {
+                    key if type(key) is str else _text_or_type(key): self.make(item)
+                    for key, item in value.items()
+                }
             else:
                 made = [self.make(item) for item in value]
             self.open.discard(id(value))
@@ -4942,7 +5298,9 @@ class ArtifactValue:
 
     __slots__ = ("value", "text", "size", "type", "error")
 
-    def __init__(self, value: Any = None, text: str = "", size: Optional[int] = None, type: str = "") -> None:
+    def __init__(
+        self, value: Any = None, text: str = "", size: Optional[int] = None, type: str = ""
+    ) -> None:
         self.value = value
         self.text = text
         self.size = size
@@ -4953,8 +5311,12 @@ class ArtifactValue:
 _SHA = lazy_pattern(r"[0-9a-f]{6,128}")
 _TYPE = lazy_pattern(r"<(?:class|type) '([^'<>]{1,200})'>")
 _PICKLES = frozenset(["pickle-v2", "pickle-v4", "gzip+pickle-v2", "gzip+pickle-v4", "", None])
-_task_index_lock = _thread.allocate_lock()  # a threading.Lock without the 1 ms that importing it takes
-_task_indexes: Dict[Tuple[str, ...], Tuple[Tuple[int, int, int], Dict[str, Any]]] = {}  # the latest used last
+_task_index_lock = (
+    _thread.allocate_lock()
+)  # a threading.Lock without the 1 ms that importing it takes
+_task_indexes: Dict[
+    Tuple[str, ...], Tuple[Tuple[int, int, int], Dict[str, Any]]
+] = {}  # the latest used last
 
 
 def _task_index(metaflow_dir: str, parts: Tuple[str, ...]) -> Dict[str, Any]:
@@ -4996,7 +5358,9 @@ def _read_blob(metaflow_dir: str, flow: str, sha: str, limit: int) -> Optional[b
     with file:
         meta: Any = {}
         try:
-            meta = json.loads(_read_below(metaflow_dir, (flow, "data", sha[:2], sha + "_meta"), 4096) or b"{}")
+            meta = json.loads(
+                _read_below(metaflow_dir, (flow, "data", sha[:2], sha + "_meta"), 4096) or b"{}"
+            )
         except (_OverLimit, ValueError, RecursionError):
             pass
         meta = meta if isinstance(meta, dict) else {}
@@ -5014,7 +5378,9 @@ def _gunzip(file: IO[bytes], limit: int) -> bytes:
     """Unpacks at most `limit` bytes; the sizes that gzip itself claims are not believed."""
     import gzip
 
-    if os.fstat(file.fileno()).st_size > limit + limit // 1000 + 1024:  # more than `limit` bytes, or padding
+    if (
+        os.fstat(file.fileno()).st_size > limit + limit // 1000 + 1024
+    ):  # more than `limit` bytes, or padding
         raise _OverLimit()
     try:
         data = gzip.GzipFile(fileobj=file).read(limit + 1)
@@ -5057,7 +5423,9 @@ def _art_failed(value: ArtifactValue, id: str, detail: str) -> ArtifactValue:
     return value
 
 
-def _art_too_large(value: ArtifactValue, record: Mapping[str, Any], size: Optional[int]) -> ArtifactValue:
+def _art_too_large(
+    value: ArtifactValue, record: Mapping[str, Any], size: Optional[int]
+) -> ArtifactValue:
     if value.size is None:
         value.size = size
     known = "%d bytes" % value.size if value.size is not None else "too large to show"
@@ -5103,7 +5471,9 @@ def read_artifact(
     if data is None:
         if not here:
             return _art_failed(value, NOT_LOCAL_ID, not_local_text(ds_type, root))
-        return _art_failed(value, NOT_FOUND_ID, "%s: its data is not in the datastore" % _artifact_path(record))
+        return _art_failed(
+            value, NOT_FOUND_ID, "%s: its data is not in the datastore" % _artifact_path(record)
+        )
     value.size = len(data)
     encoding = info.get("encoding") or record.get("content_type")
     encoding = encoding if isinstance(encoding, str) else None
@@ -5141,7 +5511,10 @@ def _decode_artifact(
         return value
     try:
         value.value = unpickle_plain(data)
-        if isinstance(value.value, PickledObject) and (value.value.of.module, value.value.of.name) == _INCLUDED_FILE:
+        if (
+            isinstance(value.value, PickledObject)
+            and (value.value.of.module, value.value.of.name) == _INCLUDED_FILE
+        ):
             return _read_included(value, record, value.value, limit, data_roots)
         value.text = plain_text(value.value)
     except _OverLimit:
@@ -5185,7 +5558,9 @@ def _read_included(
     named = _INCLUDED.fullmatch(url) if isinstance(url, str) else None
     if named is None or descriptor.get("type") not in ("uploader-v1", "uploader-v2"):
         kind = url.partition("://")[0] if isinstance(url, str) else "unknown"
-        return _art_failed(value, NOT_LOCAL_ID, not_local_text(None if kind == "local" else kind, url))
+        return _art_failed(
+            value, NOT_LOCAL_ID, not_local_text(None if kind == "local" else kind, url)
+        )
     flow, sha = named.groups()
     for root in data_roots:
         file = _open_below(root, (flow, sha))
@@ -5199,7 +5574,9 @@ def _read_included(
             except ValueError as error:
                 return _art_failed(value, UNREADABLE_ID, "%s: %s" % (_artifact_path(record), error))
         if hashlib.sha1(content).hexdigest() != sha:
-            return _art_failed(value, UNREADABLE_ID, "%s: the included file has changed" % _artifact_path(record))
+            return _art_failed(
+                value, UNREADABLE_ID, "%s: the included file has changed" % _artifact_path(record)
+            )
         value.size = len(content)
         value.value = content
         if descriptor.get("is_text", True):
@@ -5280,7 +5657,9 @@ def run_parameters(
             newest[name] = record
     parameters = {}
     for name in sorted(newest):
-        value = read_artifact(metaflow_dir, newest[name], limit=PARAMETER_BYTES, data_roots=data_roots)
+        value = read_artifact(
+            metaflow_dir, newest[name], limit=PARAMETER_BYTES, data_roots=data_roots
+        )
         shown: Any = value.error["detail"] if value.error else value.text
         if value.error and value.error["id"] == TOO_LARGE_ID:
             shown = "Artifact too large: %s bytes" % ("more" if value.size is None else value.size)
@@ -5295,7 +5674,9 @@ def run_parameters(
 
 # The graph of a flow.
 
-_GRAPH_KEYS = frozenset(("file", "start_step", "end_step", "parameters", "constants", "steps", "doc"))
+_GRAPH_KEYS = frozenset(
+    ("file", "start_step", "end_step", "parameters", "constants", "steps", "doc")
+)
 _GRAPH_KEYS |= {"graph_structure", "decorators", "extensions"}
 
 
@@ -5310,7 +5691,10 @@ def run_dag(
     is nothing to draw yet. Raises Problem(501, id=datastore-not-local).
     """
     found = [record for record in records if record.get("name") == "_graph_info"]
-    found.sort(key=lambda record: (record.get("step_name") == "_parameters", _attempt_of(record)), reverse=True)
+    found.sort(
+        key=lambda record: (record.get("step_name") == "_parameters", _attempt_of(record)),
+        reverse=True,
+    )
     value = read_artifact(metaflow_dir, found[0], limit=GRAPH_BYTES) if found else None
     if value is not None and isinstance(value.value, dict):
         try:
@@ -5370,7 +5754,11 @@ def _whole_graph(info: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     extensions = info.get("extensions")
     return {
         "file": _graph_text(info.get("file")),
-        "start_step": start if start in steps else "start" if "start" in steps else next(iter(steps)),
+        "start_step": start
+        if start in steps
+        else "start"
+        if "start" in steps
+        else next(iter(steps)),
         "end_step": end if end in steps else "end" if "end" in steps else list(steps)[-1],
         "parameters": info["parameters"] if isinstance(info.get("parameters"), list) else [],
         "constants": info["constants"] if isinstance(info.get("constants"), list) else [],
@@ -5408,7 +5796,14 @@ def _graph_of_steps(shown: Sequence[Tuple[str, int]]) -> Dict[str, Any]:
             kind = "split-foreach"
         elif depth < before:
             kind = "join"
-        steps[name] = {"name": name, "type": kind, "line": 0, "source_file": "", "doc": "", "decorators": []}
+        steps[name] = {
+            "name": name,
+            "type": kind,
+            "line": 0,
+            "source_file": "",
+            "doc": "",
+            "decorators": [],
+        }
         steps[name].update(next=[following[0]] if following else [], node_info={})
     structure: List[Any] = []
     levels: List[Tuple[int, List[Any]]] = [(0, structure)]
@@ -5443,7 +5838,9 @@ def _graph_of_steps(shown: Sequence[Tuple[str, int]]) -> Dict[str, Any]:
 
 LOG_STREAMS = ("stdout", "stderr")
 _LOG_SOURCES = ("runtime", "task")
-_LOG_USUAL = lazy_pattern(rb"\[MFLOG\|0\|([0-9-]{10}T[0-9:]{8})\.([0-9]{6})Z\|[^|\]\n]{1,40}\|[^|\]\n]{1,80}\]")
+_LOG_USUAL = lazy_pattern(
+    rb"\[MFLOG\|0\|([0-9-]{10}T[0-9:]{8})\.([0-9]{6})Z\|[^|\]\n]{1,40}\|[^|\]\n]{1,80}\]"
+)
 _LOG_HEAD = lazy_pattern(rb"(?:\[!)?\[MFLOG\|0\|(.+?)Z\|.+?\|.+?\]")
 _LOG_BLOCK = 1024 * 1024
 
@@ -5525,7 +5922,9 @@ class _LogFile:
         import array
 
         self.starts = array.array("Q")
-        self.times = array.array("q")  # microseconds; of a line without a header: that of the line before
+        self.times = array.array(
+            "q"
+        )  # microseconds; of a line without a header: that of the line before
         self.end = 0  # where the next line starts
         self.first = self.last = b""
         self.full = False  # more lines than are kept
@@ -5589,7 +5988,9 @@ class _LogFile:
             while True:
                 stop = block.find(b"\n", at)
                 if stop < 0:
-                    head += block[at : at + LOG_HEADER - len(head)] if len(head) < LOG_HEADER else b""
+                    head += (
+                        block[at : at + LOG_HEADER - len(head)] if len(head) < LOG_HEADER else b""
+                    )
                     break
                 self._add(self.end, head + block[at : min(stop, at + LOG_HEADER)])
                 at, head = stop + 1, b""
@@ -5628,7 +6029,9 @@ class _TaskLog:
     def __init__(self, names: Sequence[str]) -> None:
         self.lock = _thread.allocate_lock()
         self.files = [_LogFile(name) for name in names]
-        self.order: Optional[array.array[int]] = None  # file * 2**48 + line, when it is not that of one file
+        self.order: Optional[array.array[int]] = (
+            None  # file * 2**48 + line, when it is not that of one file
+        )
         self.only = 0
         self.versions: List[int] = []
 
@@ -5762,7 +6165,9 @@ def log_rows(
             for row in range(first, min(first + limit, total)):
                 text, when = _log_line(log, row, min(LOG_LINE_BYTES, max(left, 200)))
                 left -= len(text)
-                rows.append({"row": row, "timestamp": None if when is None else when // 1000, "line": text})
+                rows.append(
+                    {"row": row, "timestamp": None if when is None else when // 1000, "line": text}
+                )
     finally:
         log.close()
     return LogPage(rows[::-1] if reverse else rows, pages, total)
@@ -5866,7 +6271,9 @@ def _log_messages(log: _OpenLog) -> Iterator[bytes]:
                 if not line:
                     break
                 text = line[_log_head(line)[1] if begins else 0 :]
-                yield (b"\n" if begins and rows else b"") + (text[:-1] if text.endswith(b"\n") else text)
+                yield (b"\n" if begins and rows else b"") + (
+                    text[:-1] if text.endswith(b"\n") else text
+                )
                 begins, rows = line.endswith(b"\n"), 1
 
 
@@ -5885,7 +6292,9 @@ class _Card(NamedTuple):
     parts: Tuple[str, ...]
 
 
-_CARD_NAME = lazy_pattern(r"([^-/\\]{1,128})-(?:([^-/\\]{1,128})-)?([0-9A-Za-z]{1,64})\.(html|data\.json)")
+_CARD_NAME = lazy_pattern(
+    r"([^-/\\]{1,128})-(?:([^-/\\]{1,128})-)?([0-9A-Za-z]{1,64})\.(html|data\.json)"
+)
 
 
 def _card_places(task: Sequence[str], kind: str) -> List[Tuple[str, ...]]:
@@ -5896,7 +6305,9 @@ def _card_places(task: Sequence[str], kind: str) -> List[Tuple[str, ...]]:
     ]
 
 
-def _find_cards(metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str], kind: str) -> Iterator[_Card]:
+def _find_cards(
+    metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str], kind: str
+) -> Iterator[_Card]:
     """The files of one kind ("cards" or "runtime") of a task, first those in the place that Metaflow writes
     to.
     """
@@ -5914,12 +6325,16 @@ def _find_cards(metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str
                 match = _CARD_NAME.fullmatch(name)
                 if match and (match.group(4) == "html") == (kind == "cards"):
                     found = True
-                    yield _Card(match.group(1), match.group(2), match.group(3), above, (*below, name))
+                    yield _Card(
+                        match.group(1), match.group(2), match.group(3), above, (*below, name)
+                    )
             if found:
                 break
 
 
-def list_cards(metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str] = ()) -> List[Dict[str, Any]]:
+def list_cards(
+    metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str] = ()
+) -> List[Dict[str, Any]]:
     """[{"id": text or None, "hash", "type"}] of a task's cards, those without an id first, then by type and
     id.
 
@@ -5937,7 +6352,8 @@ def list_cards(metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str]
             if os.fstat(file.fileno()).st_size:
                 cards[card.hash] = (card.id is not None, card.type, card.id or "", card.hash)
     return [
-        {"id": id if named else None, "hash": hash, "type": type} for named, type, id, hash in sorted(cards.values())
+        {"id": id if named else None, "hash": hash, "type": type}
+        for named, type, id, hash in sorted(cards.values())
     ]
 
 
@@ -5950,14 +6366,18 @@ def _read_card(
                 data = _read_below(card.root, card.parts, CARD_BYTES)
             except _OverLimit as error:
                 raise Problem(
-                    422, "The card is too large to show: %s bytes." % error.size, id="card-too-large"
+                    422,
+                    "The card is too large to show: %s bytes." % error.size,
+                    id="card-too-large",
                 ) from None
             if data is not None:
                 return card, data
     return None
 
 
-def card_html(metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Sequence[str] = ()) -> Optional[bytes]:
+def card_html(
+    metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Sequence[str] = ()
+) -> Optional[bytes]:
     """The HTML of a card, None when there is none (yet). Raises Problem(422, id=card-too-large)."""
     found = _read_card(metaflow_dir, task, hash, card_roots, "cards")
     return found[1] if found and found[1] else None
@@ -6031,7 +6451,11 @@ def search_artifact(
         return {**row, "searchable": False, "error": read.error}
     wanted, whole = parse_search(value)
     text, wanted = read.text.lower(), wanted.lower()
-    return {**row, "searchable": True, "error": None} if (text == wanted if whole else wanted in text) else None
+    return (
+        {**row, "searchable": True, "error": None}
+        if (text == wanted if whole else wanted in text)
+        else None
+    )
 
 
 def foreach_frames(value: Any) -> List[str]:
@@ -6053,7 +6477,9 @@ def foreach_frames(value: Any) -> List[str]:
     return [str(part) for part in value] if isinstance(value, (list, tuple)) else []
 
 
-def search_foreach(record: Mapping[str, Any], key: str, value: Optional[str] = None) -> Optional[Dict[str, Any]]:
+def search_foreach(
+    record: Mapping[str, Any], key: str, value: Optional[str] = None
+) -> Optional[Dict[str, Any]]:
     """The match of a `foreach-stack` metadata record with a search, None when it does not match.
 
     `key=value` has to be part of one of its frames, or all of it when the value is in quotes; without a
@@ -6075,11 +6501,20 @@ def foreach_label(task_id: Any, stack: Any = None, execution_path: Any = None) -
     (Metaflow 2.14 and later).
     """
     index: Any = None
-    if isinstance(stack, (list, tuple)) and stack and isinstance(stack[0], tuple) and len(stack[0]) >= 4:
+    if (
+        isinstance(stack, (list, tuple))
+        and stack
+        and isinstance(stack[0], tuple)
+        and len(stack[0]) >= 4
+    ):
         index = stack[0][3]
     elif isinstance(execution_path, str):
         index = execution_path.split(",")[0].rpartition(":")[2]
-    return "%s[%s]" % (task_id, index) if type(index) is int or (isinstance(index, str) and index.isdigit()) else None
+    return (
+        "%s[%s]" % (task_id, index)
+        if type(index) is int or (isinstance(index, str) and index.isdigit())
+        else None
+    )
 
 
 def foreach_depth(execution_path: Any = None, stack: Any = None) -> int:
@@ -6110,14 +6545,18 @@ _HTTP_REASONS = {
     307: "Temporary Redirect",
 }
 
-_HTTP_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
+_HTTP_METHODS = frozenset(
+    ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+)
 _HTTP_TOKEN = lazy_pattern(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _HTTP_VERSION = lazy_pattern(r"HTTP/[0-9]\.[0-9]")
 _HTTP_TARGET = lazy_pattern(r"/[!\"$-~]*")  # visible ASCII without "#"
 _HTTP_ABSOLUTE = lazy_pattern(r"[Hh][Tt][Tt][Pp]://([!\"$-.0->@-~]+)([/?][!\"$-~]*)?")
 _HTTP_LENGTH = lazy_pattern(r"[0-9]{1,19}")
 _HTTP_CODINGS = lazy_pattern(rf"{_HTTP_TOKEN.pattern}(?:[ \t]*,[ \t]*{_HTTP_TOKEN.pattern})*")
-_HTTP_AUTHORITY = lazy_pattern(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9A-Za-z._-]{1,255}))(?::([0-9]{1,5}))?")
+_HTTP_AUTHORITY = lazy_pattern(
+    r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9A-Za-z._-]{1,255}))(?::([0-9]{1,5}))?"
+)
 _HTTP_PERCENT = lazy_pattern(rb"%([0-9A-Fa-f]{2})?")
 _HTTP_VALUE = lazy_pattern(r"[\t\x20-\x7e\x80-\xff]*")
 _HTTP_CONTROL = lazy_pattern(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -6310,7 +6749,9 @@ class Request:
             for part in self.query.split("&"):
                 if part:
                     name, _, value = part.partition("=")
-                    pairs.append((percent_decode(name, plus=True), percent_decode(value, plus=True)))
+                    pairs.append(
+                        (percent_decode(name, plus=True), percent_decode(value, plus=True))
+                    )
             self._args = pairs
         return self._args
 
@@ -6438,7 +6879,10 @@ class RequestParser:
             if end > 0 and buf[0] > 32:
                 head = buf[:end]
                 lines = head.decode("latin-1").split("\r\n")
-                if len(lines) <= MAX_HEADERS and len(head.translate(None, _HTTP_TEXT)) == 2 * len(lines) - 2:
+                if (
+                    len(lines) <= MAX_HEADERS
+                    and len(head.translate(None, _HTTP_TEXT)) == 2 * len(lines) - 2
+                ):
                     del buf[: end + 4]
                     request = self._request_line(lines[0])
                     del lines[0]
@@ -6513,18 +6957,24 @@ class RequestParser:
             at = bad.start()
             if text[at] != 13:
                 if at <= room:
-                    raise Problem(400, "a control character or a bare LF in the head of the request")
+                    raise Problem(
+                        400, "a control character or a bare LF in the head of the request"
+                    )
             elif (complete or at + 1 < len(text)) and at <= room:
                 raise Problem(400, "a bare CR in the head of the request")
         if len(text) > room and text[room] != 13:
             if first:
                 raise Problem(414, f"the request line is longer than {MAX_LINE} bytes")
-            raise Problem(431, f"a header line of over {MAX_LINE} bytes, or over {MAX_HEADER_BYTES} in all")
+            raise Problem(
+                431, f"a header line of over {MAX_LINE} bytes, or over {MAX_HEADER_BYTES} in all"
+            )
 
     def _request_line(self, line: str) -> Request:
         parts = line.split(" ")
         if len(parts) != 3:
-            raise Problem(400, "the request line is not: method, target and version, one space between")
+            raise Problem(
+                400, "the request line is not: method, target and version, one space between"
+            )
         method, target, version = parts
         if version != "HTTP/1.1" and version != "HTTP/1.0":
             if _HTTP_VERSION.fullmatch(version) is None:
@@ -6535,7 +6985,9 @@ class RequestParser:
                 raise Problem(400, "the method is malformed (methods are upper-case)")
             raise Problem(501, "the method is not implemented")
         if method == "CONNECT":
-            raise Problem(405, "this is no proxy", headers={"Allow": "GET, HEAD, POST, PATCH, OPTIONS"})
+            raise Problem(
+                405, "this is no proxy", headers={"Allow": "GET, HEAD, POST, PATCH, OPTIONS"}
+            )
         authority = ""
         self._absolute = False
         if _HTTP_TARGET.fullmatch(target) is None:
@@ -6570,7 +7022,9 @@ class RequestParser:
             request.keep_alive = not request.http10
         elif connection != "keep-alive":
             tokens = [token.strip(" \t") for token in connection.lower().split(",")]
-            request.keep_alive = "close" not in tokens and (not request.http10 or "keep-alive" in tokens)
+            request.keep_alive = "close" not in tokens and (
+                not request.http10 or "keep-alive" in tokens
+            )
         length = headers.get("content-length")
         coding = headers.get("transfer-encoding")
         if coding is not None:
@@ -6624,7 +7078,9 @@ class RequestParser:
                 end = buf.find(b"\r\n", start, start + MAX_CHUNK_LINE + 2)
                 if end < 0:
                     begun = bytes(buf[start : start + MAX_CHUNK_LINE + 2])
-                    if len(begun.rstrip(b"\r")) > MAX_CHUNK_LINE or not _HTTP_CHUNK_BEGUN.fullmatch(begun):
+                    if len(begun.rstrip(b"\r")) > MAX_CHUNK_LINE or not _HTTP_CHUNK_BEGUN.fullmatch(
+                        begun
+                    ):
                         raise Problem(400, "a chunk's size line is malformed")
                     break
                 self._chunk_size(bytes(buf[start:end]))
@@ -6770,7 +7226,11 @@ class Response:
         return self.stream is None or not request.http10
 
     def encode(
-        self, request: Request | None = None, *, close: bool = False, extra: tuple[tuple[str, str], ...] = ()
+        self,
+        request: Request | None = None,
+        *,
+        close: bool = False,
+        extra: tuple[tuple[str, str], ...] = (),
     ) -> bytes:
         """The answer to `request` as bytes: head and body, or only the head when there is a stream.
 
@@ -6785,7 +7245,9 @@ class Response:
         if extra:
             parts.append(_header_lines(extra))
         for name, value in self.headers:
-            if name.lower() in _HTTP_FRAMING and not (status == 101 and name.lower() == "connection"):
+            if name.lower() in _HTTP_FRAMING and not (
+                status == 101 and name.lower() == "connection"
+            ):
                 raise ValueError(f"{name} is not for handlers to set")
             parts.append(_header_line(name, value))
         if status >= 200:
@@ -6812,13 +7274,18 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-def json_response(value: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()) -> Response:
+def json_response(
+    value: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()
+) -> Response:
     """An answer in JSON."""
     return Response(status, dumps(value), JSON_TYPE, headers)
 
 
 def text_response(
-    text: str, status: int = 200, content_type: str = TEXT_TYPE, headers: Iterable[tuple[str, str]] = ()
+    text: str,
+    status: int = 200,
+    content_type: str = TEXT_TYPE,
+    headers: Iterable[tuple[str, str]] = (),
 ) -> Response:
     """An answer in text, sent as UTF-8."""
     return Response(status, text.encode("utf-8"), content_type, headers)
@@ -6979,7 +7446,9 @@ class WebSocketProtocol:
     - What the client sends after our close frame is checked, but only its close frame becomes an event.
     """
 
-    def __init__(self, max_message: int = WS_MAX_MESSAGE, max_fragments: int = WS_MAX_FRAGMENTS) -> None:
+    def __init__(
+        self, max_message: int = WS_MAX_MESSAGE, max_fragments: int = WS_MAX_FRAGMENTS
+    ) -> None:
         self._max_message = max_message
         self._max_fragments = max_fragments
         self._buffer = bytearray()  # not yet read: at most one head and what the last feed brought
@@ -7138,7 +7607,9 @@ class WebSocketProtocol:
             self._give(Ping(payload) if self._opcode == _WS_PING else Pong(payload), events)
 
     def _give(self, event: WebSocketEvent, events: list[WebSocketEvent]) -> None:
-        if not self._sent:  # after our close frame nobody wants, or may answer, anything but the client's
+        if (
+            not self._sent
+        ):  # after our close frame nobody wants, or may answer, anything but the client's
             events.append(event)
 
     def _end(self, event: Close, events: list[WebSocketEvent]) -> None:
@@ -7226,13 +7697,17 @@ class Router:
         allow = _allow(allowed)
         if request.method == "OPTIONS":
             return lambda request: Response(204, headers=[("Allow", allow)])
-        raise Problem(405, f"{request.method} is not answered here, only {allow}", headers={"Allow": allow})
+        raise Problem(
+            405, f"{request.method} is not answered here, only {allow}", headers={"Allow": allow}
+        )
 
     def dispatch(self, request: Request) -> Any:
         """Calls the handler: resolve(request)(request)."""
         return self.resolve(request)(request)
 
-    def _find(self, method: str, path: str) -> tuple[tuple[Handler, tuple[str, ...], tuple[str, ...]] | None, set[str]]:
+    def _find(
+        self, method: str, path: str
+    ) -> tuple[tuple[Handler, tuple[str, ...], tuple[str, ...]] | None, set[str]]:
         """((handler, names, raw segments) or None, the methods of all places that the path matches)."""
         segments = path.split("/")
         count = len(segments)
@@ -7290,7 +7765,9 @@ def host_allowed(authority: str, allowed_hosts: tuple[str, ...], bound_host: str
     return host in names
 
 
-def check_host(request: Request, allowed_hosts: tuple[str, ...] = (), bound_host: str = "127.0.0.1") -> None:
+def check_host(
+    request: Request, allowed_hosts: tuple[str, ...] = (), bound_host: str = "127.0.0.1"
+) -> None:
     """Problem 403 for a Host that is not on the allow-list, 400 for none (HTTP/1.0) or a malformed one.
 
     A name that an attacker's DNS points to 127.0.0.1 arrives here with the attacker's name in it.
@@ -7299,7 +7776,9 @@ def check_host(request: Request, allowed_hosts: tuple[str, ...] = (), bound_host
         raise Problem(400, "the request names no Host")
     if not host_allowed(request.authority, allowed_hosts, bound_host):
         host = split_host(request.authority)[0]
-        raise Problem(403, f"the host name {host!r} is not allowed; start mflocal with --allow-host {host}")
+        raise Problem(
+            403, f"the host name {host!r} is not allowed; start mflocal with --allow-host {host}"
+        )
 
 
 def _split_origin(origin: str) -> tuple[str, int] | None:
@@ -7335,12 +7814,16 @@ def allowed_origin(origin: str, allowed_origins: tuple[str, ...], authority: str
 
     authority is the request's Host. "null" (sandboxed frames, files) is nobody's and never allowed.
     """
-    if origin != "null" and origin.lower() in [known.rstrip("/").lower() for known in allowed_origins]:
+    if origin != "null" and origin.lower() in [
+        known.rstrip("/").lower() for known in allowed_origins
+    ]:
         return True
     parts = _split_origin(origin)
     if parts is None:
         return False
-    return is_loopback(parts[0]) or parts[0].endswith(".localhost") or same_origin(origin, authority)
+    return (
+        is_loopback(parts[0]) or parts[0].endswith(".localhost") or same_origin(origin, authority)
+    )
 
 
 def check_browser(request: Request, allowed_origins: tuple[str, ...] = ()) -> str | None:
@@ -7393,7 +7876,11 @@ def cors_headers(origin: str | None) -> Headers:
 def is_preflight(request: Request) -> bool:
     """Whether a browser asks, before a request of a page, if that request may be made."""
     headers = request.headers
-    return request.method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
+    return (
+        request.method == "OPTIONS"
+        and "origin" in headers
+        and "access-control-request-method" in headers
+    )
 
 
 def preflight(request: Request) -> Response:
@@ -7507,7 +7994,9 @@ def _pool(name: str, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix=name)
 
 
-async def in_thread(function: Callable[..., _Got], *args: Any, pool: str = "reader", **kwargs: Any) -> _Got:
+async def in_thread(
+    function: Callable[..., _Got], *args: Any, pool: str = "reader", **kwargs: Any
+) -> _Got:
     """Calls a blocking function of section 7 in one of READER_THREADS threads; in pool "search" there is one.
 
     Searches take long, and logs, cards and parameters must not wait for them.
@@ -7550,7 +8039,9 @@ def facts_stamp(task: TaskNode, facts: TaskFacts) -> Tuple[int, int]:
     return facts.changed_at, len(task.read)
 
 
-def _still_true(store: Store, liveness: Liveness, run: RunNode, memo: _RunMemo, cheap: bool) -> bool:
+def _still_true(
+    store: Store, liveness: Liveness, run: RunNode, memo: _RunMemo, cheap: bool
+) -> bool:
     if memo.proof:
         if cheap and memo.state is not None and memo.state.status == COMPLETED:
             return True
@@ -7614,7 +8105,9 @@ async def run_state(
     return state
 
 
-async def _attempt_limits(store: Store, settings: Settings, run: RunNode) -> Optional[Dict[str, Optional[int]]]:
+async def _attempt_limits(
+    store: Store, settings: Settings, run: RunNode
+) -> Optional[Dict[str, Optional[int]]]:
     """How many attempts each step of the run's graph may have; None while there is no graph."""
     records = await parameter_records(store, run)
     try:
@@ -7672,7 +8165,10 @@ class MetadataApi:
         step = self._step(request)
         task = self.store.task(step, request.params["task"])
         if task is None:
-            raise Problem(404, f"there is no task {step.run.flow}/{step.run.id}/{step.name}/{request.params['task']}")
+            raise Problem(
+                404,
+                f"there is no task {step.run.flow}/{step.run.id}/{step.name}/{request.params['task']}",
+            )
         return task
 
     def _maybe_step(self, request: Request) -> Optional[StepNode]:
@@ -7698,7 +8194,14 @@ class MetadataApi:
     def task_row(self, task: TaskNode) -> Record:
         """A task as GET and POST answer it."""
         run = task.run
-        return task_row(run.flow, run.id, task.id, task.self_record, run.self_record, self.liveness.heartbeat(task))
+        return task_row(
+            run.flow,
+            run.id,
+            task.id,
+            task.self_record,
+            run.self_record,
+            self.liveness.heartbeat(task),
+        )
 
     # -- flows
 
@@ -7732,8 +8235,12 @@ class MetadataApi:
         for run in runs:
             row = self.run_row(run)
             if "status" in filters.columns:
-                row["status"] = (await run_state(self.store, self.liveness, self.settings, run)).status
-            if not filters or matches(dict(row, run_id=None if is_number(run.id) else run.id), filters):
+                row["status"] = (
+                    await run_state(self.store, self.liveness, self.settings, run)
+                ).status
+            if not filters or matches(
+                dict(row, run_id=None if is_number(run.id) else run.id), filters
+            ):
                 rows.append(row)
             await pace()
         return await self._listed(request, rows, ("run_number",), paged=bool(filters))
@@ -7823,7 +8330,9 @@ class MetadataApi:
         pace, rows = Pacer(), []
         for task in await self.store.tasks(step) if step else []:
             row = self.task_row(task)
-            if not filters or matches(dict(row, task_name=None if is_number(task.id) else task.id), filters):
+            if not filters or matches(
+                dict(row, task_name=None if is_number(task.id) else task.id), filters
+            ):
                 rows.append(row)
             await pace()
         return await self._listed(request, rows, ("task_id",), paged=bool(filters))
@@ -7836,7 +8345,11 @@ class MetadataApi:
         pace = Pacer()
         for task in await self.store.tasks(step) if step else []:
             rows = await self.store.metadata(task)
-            texts = [value_text(r.get("value")) or "" for r in rows if not field or r.get("field_name") == field]
+            texts = [
+                value_text(r.get("value")) or ""
+                for r in rows
+                if not field or r.get("field_name") == field
+            ]
             if texts:
                 values.append((task.pathspec, texts))
             await pace()
@@ -7860,7 +8373,10 @@ class MetadataApi:
         if wants_heartbeat(body.get("system_tags")):
             self.store.beat(step.run, now_ms() // 1000)
         if task is None:
-            raise Problem(409, f"the task {step.run.flow}/{step.run.id}/{step.name}/{data['task_id']} exists already")
+            raise Problem(
+                409,
+                f"the task {step.run.flow}/{step.run.id}/{step.name}/{data['task_id']} exists already",
+            )
         return json_response(self.task_row(task))
 
     def post_task_heartbeat(self, request: Request) -> Response:
@@ -7898,7 +8414,12 @@ class MetadataApi:
         for row in rows:
             if row.get("field_name") == "attempt":
                 value = row.get("value")
-                if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 6:
+                if (
+                    isinstance(value, str)
+                    and value.isascii()
+                    and value.isdigit()
+                    and len(value) < 6
+                ):
                     self.liveness.speak_attempt(request.connection, task, int(value))
         return json_response({"metadata_created": created})
 
@@ -7933,7 +8454,9 @@ class MetadataApi:
         attempt = _attempt_asked(request)
         records = await self.store.artifacts(task) if task else []
         chosen = [record for record in records if record["attempt_id"] == attempt]
-        return json_response([artifact_row(record, task.run.self_record) for record in chosen] if task else [])
+        return json_response(
+            [artifact_row(record, task.run.self_record) for record in chosen] if task else []
+        )
 
     async def get_artifact(self, request: Request) -> Response:
         """GET .../artifacts/{name}[/attempt/{attempt}]: without an attempt that of the task's newest attempt."""
@@ -7990,9 +8513,13 @@ def _own_id(value: Any, what: str) -> Optional[str]:
     if value is None:
         return None
     if not isinstance(value, str) or value.isnumeric():
-        raise Problem(400, f"the provided {what} may not be a number: numbers are given by the service")
+        raise Problem(
+            400, f"the provided {what} may not be a number: numbers are given by the service"
+        )
     if not is_run_id(value):
-        raise Problem(400, f"{what} {value!r:.100} must be 1 to 128 of the characters A-Z a-z 0-9 . _ : -")
+        raise Problem(
+            400, f"{what} {value!r:.100} must be 1 to 128 of the characters A-Z a-z 0-9 . _ : -"
+        )
     return value
 
 
@@ -8058,7 +8585,9 @@ async def _search_outside(pattern: str, groups: List[List[str]]) -> List[bool]:
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        out, _ = await asyncio.wait_for(child.communicate(dumps([pattern, groups])), PATTERN_TIMEOUT)
+        out, _ = await asyncio.wait_for(
+            child.communicate(dumps([pattern, groups])), PATTERN_TIMEOUT
+        )
     except asyncio.TimeoutError:
         child.kill()
         await child.wait()
@@ -8127,7 +8656,9 @@ if TYPE_CHECKING:
 async def ui_parameters(store: Store, settings: Settings, run: RunNode) -> Record:
     """{name: {"value": value}} of a run, {} while there are none."""
     records = await parameter_records(store, run)
-    return await in_thread(run_parameters, settings.metaflow_dir, records, data_roots=data_roots(settings))
+    return await in_thread(
+        run_parameters, settings.metaflow_dir, records, data_roots=data_roots(settings)
+    )
 
 
 def _own_number(id: str) -> Optional[str]:
@@ -8186,7 +8717,9 @@ async def ui_run_row(
 # -- rows of steps, tasks and what they carry
 
 
-async def ui_step_row(store: Store, liveness: Liveness, settings: Settings, step: StepNode, state: RunStatus) -> Record:
+async def ui_step_row(
+    store: Store, liveness: Liveness, settings: Settings, step: StepNode, state: RunStatus
+) -> Record:
     """A row of .../steps; `state` is the run's. run_id is the text of the run's number here, as recorded."""
     pace, known, running = Pacer(), [], False
     for task in await store.tasks(step):
@@ -8234,7 +8767,12 @@ def _is_over(facts: TaskFacts) -> bool:
     if not facts.attempts:
         return False
     last = facts.attempts[max(facts.attempts)]
-    return last.ok is not None or last.ok_at is not None or last.done_at is not None or last.task_ok_at is not None
+    return (
+        last.ok is not None
+        or last.ok_at is not None
+        or last.done_at is not None
+        or last.task_ok_at is not None
+    )
 
 
 def ui_task_rows(
@@ -8278,7 +8816,9 @@ def ui_task_rows(
     return rows
 
 
-def _ui_attempt_row(task: TaskNode, facts: TaskFacts, status: AttemptStatus, heartbeat: Optional[int]) -> Record:
+def _ui_attempt_row(
+    task: TaskNode, facts: TaskFacts, status: AttemptStatus, heartbeat: Optional[int]
+) -> Record:
     run, record = task.run, task.self_record
     attempt = facts.attempts.get(status.attempt_id)
     task_ok = attempt.task_ok_record if attempt is not None and attempt.ok_at is None else None
@@ -8328,7 +8868,12 @@ async def ui_task_details(
     for row in rows:
         number = row["attempt_id"]
         attempt = facts.attempts.get(number)
-        if row["status"] == UNKNOWN and number not in memo.ok and attempt is not None and attempt.task_ok_record:
+        if (
+            row["status"] == UNKNOWN
+            and number not in memo.ok
+            and attempt is not None
+            and attempt.task_ok_record
+        ):
             record = {**attempt.task_ok_record, "flow_id": task.run.flow, "attempt_id": number}
             value = await in_thread(read_artifact, settings.metaflow_dir, record)
             memo.ok[number] = value.value if isinstance(value.value, bool) else None
@@ -8533,7 +9078,12 @@ class _Subscription:
         self.resource = path
         self.target = parse_resource(path)
         target = self.target
-        if target is not None and target.kind == "artifacts" and not target.step and asks_for_local_artifacts(args):
+        if (
+            target is not None
+            and target.kind == "artifacts"
+            and not target.step
+            and asks_for_local_artifacts(args)
+        ):
             self.target = None
         columns = UI_COLUMNS.get(target.kind, {}) if target else {}
         self.filters = parse_filters(args, columns)
@@ -8646,7 +9196,9 @@ class Subscriptions:
         self._known: Set[Union[FlowNode, RunNode]] = set()
         self._recent: Dict[RunNode, float] = {}  # run -> when to judge it again (monotonic s)
         self._late: Dict[RunNode, None] = {}
-        self._absent: Set[Tuple[str, str]] = set()  # (flow, run) that are subscribed to and not there yet
+        self._absent: Set[Tuple[str, str]] = (
+            set()
+        )  # (flow, run) that are subscribed to and not there yet
         self._states: Dict[RunNode, Tuple[float, RunStatus]] = {}
         self._primed = False
 
@@ -8664,7 +9216,9 @@ class Subscriptions:
     @property
     def clients(self) -> int:
         """How many clients have a subscription."""
-        return len({id(subscription.client) for subs in self._index.values() for subscription in subs})
+        return len(
+            {id(subscription.client) for subs in self._index.values() for subscription in subs}
+        )
 
     def receive(self, client: Client, text: str) -> None:
         """One message: `__ping__`, SUBSCRIBE or UNSUBSCRIBE; anything else is ignored (api 4.1)."""
@@ -8682,7 +9236,9 @@ class Subscriptions:
                 self._unsubscribe(client, uuid)
                 small = len(uuid) <= WS_MAX_UUID and len(resource) <= WS_MAX_RESOURCE
                 if small and len(client.subscriptions) < WS_MAX_SUBSCRIPTIONS:
-                    self._subscribe(client, _Subscription(client, uuid, resource), message.get("since"))
+                    self._subscribe(
+                        client, _Subscription(client, uuid, resource), message.get("since")
+                    )
         except Problem:
             return
 
@@ -8726,7 +9282,10 @@ class Subscriptions:
         import asyncio
 
         self._wake = asyncio.Event()
-        self._tasks = [asyncio.ensure_future(self._work(self._wake)), asyncio.ensure_future(self._watch())]
+        self._tasks = [
+            asyncio.ensure_future(self._work(self._wake)),
+            asyncio.ensure_future(self._watch()),
+        ]
 
     def stop(self) -> None:
         """Stops telling anything, until the next SUBSCRIBE."""
@@ -8822,7 +9381,9 @@ class Subscriptions:
         if run is not None and kind not in ("run", "step"):
             self._sort_run(run, urgent, jobs)
 
-    def _sort_metadata(self, task: TaskNode, rows: Iterable[Record], job: Callable[[str, Any], _Job]) -> bool:
+    def _sort_metadata(
+        self, task: TaskNode, rows: Iterable[Record], job: Callable[[str, Any], _Job]
+    ) -> bool:
         """Which attempts the rows are about; True when one of them may end the run."""
         urgent = False
         for row in rows:
@@ -8832,12 +9393,16 @@ class Subscriptions:
                 number = int(text) if is_number(text) else None
             elif field == "attempt_ok":
                 number = attempt_of_tags(row.get("tags")) or 0
-                urgent |= truth(row.get("value")) is False or task.step.name == self._store.end_step(task.run)
+                urgent |= truth(
+                    row.get("value")
+                ) is False or task.step.name == self._store.end_step(task.run)
             elif field == "foreach-stack":
                 job("tasks", task)
             if number is not None:
                 attempts = job("tasks", task).attempts
-                attempts[number] = attempts.get(number, False) or (field == "attempt" and number > 0)
+                attempts[number] = attempts.get(number, False) or (
+                    field == "attempt" and number > 0
+                )
         return urgent
 
     def _sort_run(self, run: RunNode, urgent: bool, jobs: Dict[Tuple[str, Any], _Job]) -> None:
@@ -8953,7 +9518,9 @@ class Subscriptions:
         if look is not None:
             look.steps.add(step)
         found = self._index.get(("steps", run.flow, run.id), ())
-        subscriptions = [sub for sub in found if sub.target is not None and sub.target.step in (None, step.name)]
+        subscriptions = [
+            sub for sub in found if sub.target is not None and sub.target.step in (None, step.name)
+        ]
         if subscriptions and ("steps", step) not in self._sent:
             state = await self._state(run)
             row = await ui_step_row(self._store, self._liveness, self._settings, step, state)
@@ -8967,7 +9534,9 @@ class Subscriptions:
         if subscriptions:
             facts = self._store.facts(task)
             state = None if _is_over(facts) else await self._state(task.run)
-            rows = await ui_task_details(self._store, self._liveness, self._settings, task, facts, state)
+            rows = await ui_task_details(
+                self._store, self._liveness, self._settings, task, facts, state
+            )
             sent = self._sent.setdefault(key, {})
             for row in rows:
                 number, last = row["attempt_id"], row is rows[-1]
@@ -8981,7 +9550,9 @@ class Subscriptions:
                 if job.quiet and fresh and ended:
                     continue
                 inserted = fresh and (job.new or job.attempts.get(number, False))
-                wanted = [sub for sub in subscriptions if last or not (sub.target and sub.target.newest)]
+                wanted = [
+                    sub for sub in subscriptions if last or not (sub.target and sub.target.newest)
+                ]
                 self._send(wanted, "INSERT" if inserted else "UPDATE", row)
         else:
             self._sent.pop(key, None)
@@ -9029,7 +9600,9 @@ class Subscriptions:
         seen = look.seen.get((kind, task))
         if seen is None:
             if task in look.tasks:  # it was there before, and nobody cared about its rows then
-                records = [record for record in records if (record.get("ts_epoch") or 0) >= look.begun]
+                records = [
+                    record for record in records if (record.get("ts_epoch") or 0) >= look.begun
+                ]
             seen = look.seen[kind, task] = set()
         fresh = []
         for record in records:
@@ -9086,7 +9659,9 @@ class Subscriptions:
             self._known.update(runs)
             for run in runs[:WATCHED_RUNS]:
                 state = await self._state(run)
-                self._remember(("runs", run), make_run_row(run, state, self._liveness.heartbeat(run)))
+                self._remember(
+                    ("runs", run), make_run_row(run, state, self._liveness.heartbeat(run))
+                )
                 if state.status != COMPLETED:
                     self._recent[run] = time.monotonic() + JUDGE_INTERVAL
                 await pace()
@@ -9118,12 +9693,16 @@ class Subscriptions:
         elif target.kind in _ROW_KINDS and not self._is_ours(run):
             await self._baseline_rows(subscription, look)
 
-    async def _baseline_tasks(self, subscription: _Subscription, look: _Look, state: RunStatus) -> None:
+    async def _baseline_tasks(
+        self, subscription: _Subscription, look: _Look, state: RunStatus
+    ) -> None:
         pace = Pacer()
         for task in list(look.tasks):
             facts = task.facts
             if facts is not None and not _is_over(facts) and subscription.covers(task):
-                rows = await ui_task_details(self._store, self._liveness, self._settings, task, facts, state)
+                rows = await ui_task_details(
+                    self._store, self._liveness, self._settings, task, facts, state
+                )
                 sent = self._sent.setdefault(("tasks", task), {})
                 for row in rows:
                     sent.setdefault(row["attempt_id"], (_row_mark(row), False))
@@ -9134,7 +9713,9 @@ class Subscriptions:
         for task in list(look.tasks):
             if (kind, task) in look.seen or not subscription.covers(task) or self._is_settled(task):
                 continue
-            records = await (self._store.metadata(task) if kind == "metadata" else self._store.artifacts(task))
+            records = await (
+                self._store.metadata(task) if kind == "metadata" else self._store.artifacts(task)
+            )
             look.seen[kind, task] = {_record_mark(kind, record) for record in records}
 
     def _is_settled(self, task: TaskNode) -> bool:
@@ -9142,12 +9723,19 @@ class Subscriptions:
         facts = task.facts
         if facts is None or not _is_over(facts) or now_ms() - facts.changed_at < SETTLED_AFTER:
             return False
-        return facts.attempts[max(facts.attempts)].ok is not False or now_ms() - facts.changed_at > FAILED_FOR_LONG
+        return (
+            facts.attempts[max(facts.attempts)].ok is not False
+            or now_ms() - facts.changed_at > FAILED_FOR_LONG
+        )
 
     def _is_ours(self, run: RunNode) -> bool:
         """Whether a run is written through this service, so that every change comes as an event."""
         signs = self._store.signs(run)
-        return signs.heartbeat is not None or signs.lease is not None or self._liveness.alive(run) is True
+        return (
+            signs.heartbeat is not None
+            or signs.lease is not None
+            or self._liveness.alive(run) is True
+        )
 
     async def _replay(self, subscription: _Subscription, since: float) -> None:
         """Sends the rows, as they are now, of what changed since then (s), while a client was away."""
@@ -9175,7 +9763,9 @@ class Subscriptions:
                 return
             await pace()
 
-    async def _replay_runs(self, target: _Target, begin: int, found: List[Tuple[int, str, Record]]) -> None:
+    async def _replay_runs(
+        self, target: _Target, begin: int, found: List[Tuple[int, str, Record]]
+    ) -> None:
         pace = Pacer()
         for flow in await self._store.flows():
             if target.flow in (None, flow.name):
@@ -9185,7 +9775,9 @@ class Subscriptions:
                         await self._replay_one_run(run, begin, found)
                     await pace()
 
-    async def _replay_one_run(self, run: RunNode, begin: int, found: List[Tuple[int, str, Record]]) -> None:
+    async def _replay_one_run(
+        self, run: RunNode, begin: int, found: List[Tuple[int, str, Record]]
+    ) -> None:
         state = await self._state(run)
         changed = max(_run_changed(run), state.finished_at or 0)
         if state.status == RUNNING or changed >= begin:
@@ -9193,7 +9785,11 @@ class Subscriptions:
             found.append((changed, kind, make_run_row(run, state, self._liveness.heartbeat(run))))
 
     async def _replay_run(
-        self, subscription: _Subscription, run: RunNode, begin: int, found: List[Tuple[int, str, Record]]
+        self,
+        subscription: _Subscription,
+        run: RunNode,
+        begin: int,
+        found: List[Tuple[int, str, Record]],
     ) -> None:
         kind = subscription.target.kind if subscription.target else ""
         state, pace = await self._state(run), Pacer()
@@ -9207,7 +9803,9 @@ class Subscriptions:
             for step in self._store.steps(run):
                 created = (step.record or {}).get("ts_epoch") or 0
                 if created >= begin and subscription.only_step in (None, step.name):
-                    row = await ui_step_row(self._store, self._liveness, self._settings, step, state)
+                    row = await ui_step_row(
+                        self._store, self._liveness, self._settings, step, state
+                    )
                     found.append((created, "INSERT", row))
         else:
             for task, facts in await self._store.run_facts(run):
@@ -9230,7 +9828,9 @@ class Subscriptions:
         if target is None:
             return
         if target.kind == "tasks":
-            rows = await ui_task_details(self._store, self._liveness, self._settings, task, facts, state)
+            rows = await ui_task_details(
+                self._store, self._liveness, self._settings, task, facts, state
+            )
             for row in rows[-1:] if target.newest else rows:
                 began = row["started_at"] or row["ts_epoch"] or 0
                 changed = max(began, row["finished_at"] or 0)
@@ -9238,12 +9838,16 @@ class Subscriptions:
                     found.append((changed, "INSERT" if began >= begin else "UPDATE", row))
             return
         metadata = target.kind == "metadata"
-        for record in await (self._store.metadata(task) if metadata else self._store.artifacts(task)):
+        for record in await (
+            self._store.metadata(task) if metadata else self._store.artifacts(task)
+        ):
             written = record.get("ts_epoch") or 0
             if written >= begin:
                 row = ui_metadata_row(record) if metadata else ui_artifact_row(record, task.run)
                 if subscription.contents and not metadata:
-                    row.update(await in_thread(artifact_content, self._settings.metaflow_dir, record))
+                    row.update(
+                        await in_thread(artifact_content, self._settings.metaflow_dir, record)
+                    )
                 found.append((written, "INSERT", row))
 
     # -- what no event tells
@@ -9457,7 +10061,8 @@ async def _encoded(rows: Iterable[Any]) -> List[bytes]:
 def ui_one(request: Request, data: Any, status: int = 200) -> Response:
     """The UI's envelope around a single object; what is missing is {} with 404, as recorded."""
     return json_response(
-        envelope_one(data, base_url(request.headers), request.path, request.args(), status=status), status
+        envelope_one(data, base_url(request.headers), request.path, request.args(), status=status),
+        status,
     )
 
 
@@ -9474,9 +10079,13 @@ class UiApi:
         self.store = store
         self.liveness = liveness
         self.settings = settings
-        self.more_card_roots: List[str] = []  # where the flows of living and former wrappers put theirs
+        self.more_card_roots: List[
+            str
+        ] = []  # where the flows of living and former wrappers put theirs
         self._listed: Dict[RunNode, Tuple[float, List[Row]]] = {}
-        self._walks: Dict[RunNode, bool] = {}  # runs whose tasks are being listed -> whether they changed meanwhile
+        self._walks: Dict[
+            RunNode, bool
+        ] = {}  # runs whose tasks are being listed -> whether they changed meanwhile
         store.listeners.append(self._changed)
 
     def runs(self) -> Set[RunNode]:
@@ -9540,7 +10149,9 @@ class UiApi:
         picked, more = arrange(rows, query)
         return picked, query, more
 
-    async def _answer(self, request: Request, kind: str, rows: Sequence[Row], first: Order = ()) -> Response:
+    async def _answer(
+        self, request: Request, kind: str, rows: Sequence[Row], first: Order = ()
+    ) -> Response:
         picked, query, more = await self._listed_page(request, kind, rows, first)
         return await ui_list(request, await _encoded(picked), page=query.page, has_more=more)
 
@@ -9548,7 +10159,9 @@ class UiApi:
 
     async def get_flows(self, request: Request) -> Response:
         """GET /flows."""
-        return await self._answer(request, "flows", [flow_row(flow.record or {}) for flow in await self.store.flows()])
+        return await self._answer(
+            request, "flows", [flow_row(flow.record or {}) for flow in await self.store.flows()]
+        )
 
     def get_flow(self, request: Request) -> Response:
         """GET /flows/{flow}."""
@@ -9589,7 +10202,10 @@ class UiApi:
         if query.columns <= RUN_RECORD_COLUMNS.keys() and by_time:
             begin = (query.page - 1) * query.limit
             end = begin + query.limit if query.limit else len(runs)
-            picked, more = runs[begin:end] if query.limit or query.page == 1 else [], end < len(runs)
+            picked, more = (
+                runs[begin:end] if query.limit or query.page == 1 else [],
+                end < len(runs),
+            )
         else:
             enough = query.page * query.limit + 1 if by_time and query.limit else 0
             rows = await self._run_views(runs, query, enough)
@@ -9601,9 +10217,15 @@ class UiApi:
             await pace()
         return await ui_list(request, shown, page=query.page, has_more=more)
 
-    async def _prefiltered(self, runs: List[RunNode], args: Sequence[Tuple[str, str]]) -> List[RunNode]:
+    async def _prefiltered(
+        self, runs: List[RunNode], args: Sequence[Tuple[str, str]]
+    ) -> List[RunNode]:
         """The runs that pass those filters for which their record is enough."""
-        known = [arg for arg in args if arg[0].startswith("_") or arg[0].partition(":")[0] in RUN_RECORD_COLUMNS]
+        known = [
+            arg
+            for arg in args
+            if arg[0].startswith("_") or arg[0].partition(":")[0] in RUN_RECORD_COLUMNS
+        ]
         filters = parse_filters(known, UI_COLUMNS["runs"])
         if not filters:
             return runs
@@ -9617,7 +10239,9 @@ class UiApi:
 
     async def _run_views(self, runs: List[RunNode], query: ListQuery, enough: int) -> List[Row]:
         """Rows with the columns that the query needs, the run itself under ""; at most `enough` (0: all)."""
-        cheap = [(name, RUN_RECORD_COLUMNS[name]) for name in query.columns if name in RUN_RECORD_COLUMNS]
+        cheap = [
+            (name, RUN_RECORD_COLUMNS[name]) for name in query.columns if name in RUN_RECORD_COLUMNS
+        ]
         whole = len(cheap) < len(query.columns)
         pace = Pacer()
         rows: List[Row] = []
@@ -9646,7 +10270,11 @@ class UiApi:
         """GET .../runs/{run}/parameters: an object {name: {"value"}}."""
         run = self._run(request)
         if run is None:
-            raise Problem(404, f"there is no run {request.params['flow']}/{request.params['run']}", id="run-not-found")
+            raise Problem(
+                404,
+                f"there is no run {request.params['flow']}/{request.params['run']}",
+                id="run-not-found",
+            )
         return ui_one(request, await ui_parameters(self.store, self.settings, run))
 
     async def get_dag(self, request: Request) -> Response:
@@ -9663,7 +10291,9 @@ class UiApi:
                 tasks = await self.store.tasks(step)
                 if tasks:
                     records = records + await self.store.artifacts(tasks[-1])
-                    steps.append((step.name, foreach_depth(stack=self.store.facts(tasks[-1]).foreach_stack)))
+                    steps.append(
+                        (step.name, foreach_depth(stack=self.store.facts(tasks[-1]).foreach_stack))
+                    )
                 await pace()
             graph = await in_thread(run_dag, self.settings.metaflow_dir, records, steps)
         return ui_one(request, {}, 404) if graph is None else ui_one(request, graph)
@@ -9677,7 +10307,9 @@ class UiApi:
         if run is not None:
             state = await self._state(run)
             for step in reversed(self.store.steps(run)):
-                rows.append(await ui_step_row(self.store, self.liveness, self.settings, step, state))
+                rows.append(
+                    await ui_step_row(self.store, self.liveness, self.settings, step, state)
+                )
         return await self._answer(request, "steps", rows)
 
     async def get_step(self, request: Request) -> Response:
@@ -9686,7 +10318,9 @@ class UiApi:
         if step is None:
             return ui_one(request, {}, 404)
         state = await self._state(step.run)
-        return ui_one(request, await ui_step_row(self.store, self.liveness, self.settings, step, state))
+        return ui_one(
+            request, await ui_step_row(self.store, self.liveness, self.settings, step, state)
+        )
 
     # -- tasks
 
@@ -9731,10 +10365,14 @@ class UiApi:
         task = self._task(request)
         rows: List[Row] = []
         if task is not None:
-            rows = await self._rows_of(await self._state(task.run), [(task, self.store.facts(task))])
+            rows = await self._rows_of(
+                await self._state(task.run), [(task, self.store.facts(task))]
+            )
         return await self._task_list(request, task.run if task else None, rows, _NEWEST_ATTEMPT)
 
-    async def _rows_of(self, state: RunStatus, pairs: Sequence[Tuple[TaskNode, TaskFacts]]) -> List[Row]:
+    async def _rows_of(
+        self, state: RunStatus, pairs: Sequence[Tuple[TaskNode, TaskFacts]]
+    ) -> List[Row]:
         rows: List[Row] = []
         pace = Pacer()
         for place, (task, facts) in enumerate(pairs):
@@ -9745,7 +10383,9 @@ class UiApi:
         rows.sort(key=_ui_row_time, reverse=True)
         return rows
 
-    async def _task_list(self, request: Request, run: Optional[RunNode], rows: List[Row], first: Order) -> Response:
+    async def _task_list(
+        self, request: Request, run: Optional[RunNode], rows: List[Row], first: Order
+    ) -> Response:
         picked, query, more = await self._listed_page(request, "tasks", rows, first)
         details = request.arg("postprocess") == "true"
         state = await self._state(run) if run and details else None
@@ -9755,12 +10395,16 @@ class UiApi:
             await pace()
         return await ui_list(request, parts, page=query.page, has_more=more)
 
-    async def _task_part(self, run: RunNode, row: Row, state: Optional[RunStatus], details: bool) -> bytes:
+    async def _task_part(
+        self, run: RunNode, row: Row, state: Optional[RunStatus], details: bool
+    ) -> bytes:
         """A task row as JSON, taken from what is remembered of its task where it can be."""
         task = run.children[row["step_name"]].children.get(str(row["task_id"]))
         if task is not None and details:
             facts = self.store.facts(task)
-            for known in await ui_task_details(self.store, self.liveness, self.settings, task, facts, state):
+            for known in await ui_task_details(
+                self.store, self.liveness, self.settings, task, facts, state
+            ):
                 if known["attempt_id"] == row["attempt_id"]:
                     return dumps(known)
         if task is not None:
@@ -9774,7 +10418,9 @@ class UiApi:
             return ui_one(request, {}, 404)
         state, facts = await self._state(task.run), self.store.facts(task)
         if request.arg("postprocess") == "true":
-            rows = await ui_task_details(self.store, self.liveness, self.settings, task, facts, state)
+            rows = await ui_task_details(
+                self.store, self.liveness, self.settings, task, facts, state
+            )
         else:
             rows = ui_task_rows(self.store, self.liveness, self.settings, task, facts, state)
         return ui_one(request, rows[-1])
@@ -9806,14 +10452,19 @@ class UiApi:
         picked, query, more = await self._listed_page(request, "artifacts", rows, _NEWEST_ATTEMPT)
         if request.arg("postprocess") == "true":
             contents = await in_thread(
-                artifact_contents, self.settings.metaflow_dir, picked, data_roots=data_roots(self.settings)
+                artifact_contents,
+                self.settings.metaflow_dir,
+                picked,
+                data_roots=data_roots(self.settings),
             )
             picked = [{**row, **content} for row, content in zip(picked, contents)]
         return await ui_list(request, await _encoded(picked), page=query.page, has_more=more)
 
     # -- logs
 
-    async def _log_of(self, request: Request) -> Optional[Tuple[Tuple[str, str, str, str], int, Dict[str, Any]]]:
+    async def _log_of(
+        self, request: Request
+    ) -> Optional[Tuple[Tuple[str, str, str, str], int, Dict[str, Any]]]:
         """(task, attempt, where its datastore is) of a log request, None when there is no such attempt."""
         task = self._task(request)
         if task is None:
@@ -9822,14 +10473,23 @@ class UiApi:
         text = request.arg("attempt_id")
         if text is None:
             attempt = max(attempts, default=0)
-        elif text.isascii() and text.isdigit() and len(text) < 6 and (int(text) in attempts or int(text) == 0):
+        elif (
+            text.isascii()
+            and text.isdigit()
+            and len(text) < 6
+            and (int(text) in attempts or int(text) == 0)
+        ):
             attempt = int(text)
         else:
             return None
         place: Dict[str, Any] = {"ds_type": None, "ds_root": None}
         for record in await self.store.metadata(task):
             field = str(record.get("field_name")).replace("-", "_")
-            if field in place and attempt_of_tags(record.get("tags")) in (attempt, None) and place[field] is None:
+            if (
+                field in place
+                and attempt_of_tags(record.get("tags")) in (attempt, None)
+                and place[field] is None
+            ):
                 place[field] = record.get("value")
         run = task.run
         return (run.flow, run.id, task.step.name, task.id), attempt, place
@@ -9858,7 +10518,9 @@ class UiApi:
                 **place,
             )
             parts = await _encoded(log.rows)
-            return await ui_list(request, parts, page=page, has_more=page < log.pages, last_page=log.pages)
+            return await ui_list(
+                request, parts, page=page, has_more=page < log.pages, last_page=log.pages
+            )
 
         return get_log
 
@@ -9870,7 +10532,9 @@ class UiApi:
             if found is None:
                 return json_response({"data": []}, 404)
             task, attempt, place = found
-            pieces = await in_thread(log_text, self.settings.metaflow_dir, task, attempt, stream, **place)
+            pieces = await in_thread(
+                log_text, self.settings.metaflow_dir, task, attempt, stream, **place
+            )
             name = log_file_name(task, attempt, stream)
             headers = [("Content-Disposition", f"Attachment;filename={name}")]
             return Response(200, b"", "application/octet-stream", headers, stream=_pieces(pieces))
@@ -9906,7 +10570,11 @@ class UiApi:
     async def get_card(self, request: Request) -> Response:
         """GET .../cards/{hash}: the card's HTML."""
         task, name = self._card_task(request), request.params["hash"]
-        html = await in_thread(card_html, self.settings.metaflow_dir, task, name, self._card_roots()) if task else None
+        html = (
+            await in_thread(card_html, self.settings.metaflow_dir, task, name, self._card_roots())
+            if task
+            else None
+        )
         if html is None:
             text = (
                 "There is no such card yet. It may still be in the making: try again."
@@ -9914,14 +10582,25 @@ class UiApi:
                 else "There is no such task."
             )
             return text_response(text, 404)
-        friends = ["'self'", "http://localhost:*", "http://127.0.0.1:*", *self.settings.allowed_origins]
+        friends = [
+            "'self'",
+            "http://localhost:*",
+            "http://127.0.0.1:*",
+            *self.settings.allowed_origins,
+        ]
         policy = ("Content-Security-Policy", "frame-ancestors " + " ".join(friends))
-        return Response(200, html, "text/html; charset=utf-8", [("Cache-Control", "no-cache"), policy])
+        return Response(
+            200, html, "text/html; charset=utf-8", [("Cache-Control", "no-cache"), policy]
+        )
 
     async def get_card_data(self, request: Request) -> Response:
         """GET .../cards/{hash}/data: what a card that changes while its task runs shows now."""
         task, name = self._card_task(request), request.params["hash"]
-        data = await in_thread(card_data, self.settings.metaflow_dir, task, name, self._card_roots()) if task else None
+        data = (
+            await in_thread(card_data, self.settings.metaflow_dir, task, name, self._card_roots())
+            if task
+            else None
+        )
         if data is None:
             return json_response({"error": "there is no data for this card yet"}, 404)
         return json_response(data)
@@ -9961,11 +10640,15 @@ class UiApi:
 
     async def complete_flows(self, request: Request) -> Response:
         """GET /flows/autocomplete?flow_id:co=x."""
-        return await self._complete(request, "flow_id", sorted([flow.name for flow in await self.store.flows()]))
+        return await self._complete(
+            request, "flow_id", sorted([flow.name for flow in await self.store.flows()])
+        )
 
     async def complete_runs(self, request: Request) -> Response:
         """GET /flows/{flow}/runs/autocomplete?run:co=x, newest first."""
-        return await self._complete(request, "run", [run.id for run in await self._all_runs(request.params["flow"])])
+        return await self._complete(
+            request, "run", [run.id for run in await self._all_runs(request.params["flow"])]
+        )
 
     async def complete_steps(self, request: Request) -> Response:
         """GET .../steps/autocomplete?step_name:co=x."""
@@ -9988,12 +10671,20 @@ class UiApi:
         """GET /notifications: a bare list from a file, filtered by `field[:op]=`; null passes every test."""
         found = [_notification(entry) for entry in read_json_list(self.settings.notifications)]
         rows = [row for row in found if row is not None]
-        return json_response([row for row in rows if all(_announced(row, arg) for arg in request.args())])
+        return json_response(
+            [row for row in rows if all(_announced(row, arg) for arg in request.args())]
+        )
 
     def get_links(self, request: Request) -> Response:
         """GET /links: a bare list of {href, label} from the links file."""
         entries = read_json_list(self.settings.links)
-        return json_response([e for e in entries if isinstance(e.get("href"), str) and isinstance(e.get("label"), str)])
+        return json_response(
+            [
+                e
+                for e in entries
+                if isinstance(e.get("href"), str) and isinstance(e.get("label"), str)
+            ]
+        )
 
     def get_plugins(self, request: Request) -> Response:
         """GET /plugin: a bare list; the UI dies of anything else."""
@@ -10007,7 +10698,11 @@ class UiApi:
                 continue
             folder = os.path.realpath(os.path.join(os.path.dirname(source), entry["path"]))
             try:
-                files = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
+                files = sorted(
+                    name
+                    for name in os.listdir(folder)
+                    if os.path.isfile(os.path.join(folder, name))
+                )
                 with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
                     config = json.load(file)
             except (OSError, ValueError, RecursionError):
@@ -10165,7 +10860,9 @@ def _search_slice(
 class _Search:
     """One search over its WebSocket: messages of progress, then one result."""
 
-    def __init__(self, store: Store, settings: Settings, socket: UiSocket, run: Optional[RunNode]) -> None:
+    def __init__(
+        self, store: Store, settings: Settings, socket: UiSocket, run: Optional[RunNode]
+    ) -> None:
         self.store = store
         self.settings = settings
         self.socket = socket
@@ -10192,16 +10889,24 @@ class _Search:
         waiting: List[Record] = []
         for place, task in enumerate(tasks, 1):
             records = await self.store.artifacts(task)
-            waiting += [r for r in records if r["name"] == key and r["attempt_id"] == records[0]["attempt_id"]]
+            waiting += [
+                r
+                for r in records
+                if r["name"] == key and r["attempt_id"] == records[0]["attempt_id"]
+            ]
             if len(waiting) >= SEARCH_SLICE or place == len(tasks):
                 where, roots = self.settings.metaflow_dir, data_roots(self.settings)
-                found += await in_thread(_search_slice, where, waiting, value, roots, known, pool="search")
+                found += await in_thread(
+                    _search_slice, where, waiting, value, roots, known, pool="search"
+                )
                 waiting = []
             if not self.progress(place, len(tasks)):
                 return None
         return found
 
-    async def matches(self, scopes: Sequence[str], key: str, value: Optional[str]) -> Optional[List[Record]]:
+    async def matches(
+        self, scopes: Sequence[str], key: str, value: Optional[str]
+    ) -> Optional[List[Record]]:
         """All matches in the scopes; None when the client has gone."""
         found = await self.foreach(key, value) if "FOREACH_VARIABLE" in scopes else []
         artifacts = await self.artifacts(key, value) if "ARTIFACT" in scopes else []
@@ -10222,20 +10927,28 @@ class _Search:
         return found
 
 
-async def search_socket(store: Store, liveness: Liveness, settings: Settings, socket: UiSocket) -> None:
+async def search_socket(
+    store: Store, liveness: Liveness, settings: Settings, socket: UiSocket
+) -> None:
     """Serves one search (api 4.5): ?key=NAME[&value=V][&scope=ARTIFACT,FOREACH_VARIABLE]."""
     request = socket.request
-    search = _Search(store, settings, socket, store.run(request.params["flow"], request.params["run"]))
+    search = _Search(
+        store, settings, socket, store.run(request.params["flow"], request.params["run"])
+    )
     key, value = request.arg("key"), request.arg("value")
     scopes = (request.arg("scope") or "ARTIFACT").split(",")
     if not key or not {"ARTIFACT", "FOREACH_VARIABLE"}.intersection(scopes):
-        detail = "the search needs a key" if not key else "the scope is ARTIFACT or FOREACH_VARIABLE"
+        detail = (
+            "the search needs a key" if not key else "the scope is ARTIFACT or FOREACH_VARIABLE"
+        )
         search.say(type="error", message=detail, id="invalid-search", traceback=None, key=key)
         socket.close(1000 if key else 1011, detail)
         return
     import asyncio
 
-    ear = asyncio.ensure_future(_until_closed(socket))  # pings are answered, and pongs heard, by reading
+    ear = asyncio.ensure_future(
+        _until_closed(socket)
+    )  # pings are answered, and pongs heard, by reading
     work = asyncio.ensure_future(search.matches(scopes, key, value))
     try:
         await asyncio.wait((ear, work), return_when=asyncio.FIRST_COMPLETED)
@@ -10272,12 +10985,17 @@ def _each_task_once(found: Iterable[Record]) -> List[Record]:
 # -- routes
 
 
-def register_ui_routes(router: Router, store: Store, liveness: Liveness, settings: Settings) -> UiApi:
+def register_ui_routes(
+    router: Router, store: Store, liveness: Liveness, settings: Settings
+) -> UiApi:
     """Adds every route of the UI backend but the WebSockets (section 14) and /metadata (section 11)."""
     api = UiApi(store, liveness, settings)
     run, step = "/flows/{flow}/runs/{run}", "/flows/{flow}/runs/{run}/steps/{step}"
     task = step + "/tasks/{task}"
-    features, version = json_response(FEATURES), text_response(f"{SERVICE_VERSION}-mflocal-{VERSION}")
+    features, version = (
+        json_response(FEATURES),
+        text_response(f"{SERVICE_VERSION}-mflocal-{VERSION}"),
+    )
     pong, config = text_response("pong"), json_response({})
     routes: List[Tuple[str, Callable[[Request], Any]]] = [
         ("/flows", api.get_flows),
@@ -10403,7 +11121,9 @@ class Connection:
 class WebSocket:
     """An open WebSocket as sections 12 and 13 use it."""
 
-    def __init__(self, connection: Connection, request: Request, waiting: Callable[[], int]) -> None:
+    def __init__(
+        self, connection: Connection, request: Request, waiting: Callable[[], int]
+    ) -> None:
         """`waiting` tells how many bytes wait for slow clients on all connections together."""
         self.request = request
         self._connection = connection
@@ -10446,7 +11166,9 @@ class WebSocket:
             return False
         writer.write(self._protocol.send_text(text))
         size = writer.transport.get_write_buffer_size()
-        if size > WS_MAX_QUEUE or (size > WS_SMALL_QUEUE and self._waiting_in_all() > WS_ALL_QUEUES):
+        if size > WS_MAX_QUEUE or (
+            size > WS_SMALL_QUEUE and self._waiting_in_all() > WS_ALL_QUEUES
+        ):
             self._connection.abort()
             return False
         return True
@@ -10500,9 +11222,15 @@ class Bundle:
         self._scan_names(files)
 
     def _scan_names(self, files: List[str]) -> None:
-        indexes = sorted((name for name in files if name.rpartition("/")[2] == "index.html"), key=len)
+        indexes = sorted(
+            (name for name in files if name.rpartition("/")[2] == "index.html"), key=len
+        )
         top = indexes[0][: -len("index.html")] if indexes else ""
-        self._names = {name[len(top) :]: name for name in files if name.startswith(top) and not name.endswith(".map")}
+        self._names = {
+            name[len(top) :]: name
+            for name in files
+            if name.startswith(top) and not name.endswith(".map")
+        }
 
     def _read(self, name: str) -> bytes:
         stored = self._names[name]
@@ -10522,7 +11250,10 @@ class Bundle:
         """A file of the bundle; index.html for every path that is a page of the UI and no file."""
         name = percent_decode(request.path)[1:]
         if name not in self._names:
-            if name.startswith(("static/", "api/", "flows/")) or request.method not in ("GET", "HEAD"):
+            if name.startswith(("static/", "api/", "flows/")) or request.method not in (
+                "GET",
+                "HEAD",
+            ):
                 raise Problem(404, f"there is nothing at {request.path}")
             name = "index.html"
         hashed = name.startswith("static/")
@@ -10540,13 +11271,20 @@ def _ranged(request: Request, response: Response) -> Response:
     unit, _, ranges = request.headers.get("range", "").partition("=")
     first, dash, last = ranges.strip().partition("-")
     size = len(response.body)
-    if unit.strip().lower() != "bytes" or not dash or not (first + last).isdigit() or not (first + last).isascii():
+    if (
+        unit.strip().lower() != "bytes"
+        or not dash
+        or not (first + last).isdigit()
+        or not (first + last).isascii()
+    ):
         return response
     first, last = first[:18], last[:18]  # no file is longer, and int() refuses thousands of digits
     start = int(first) if first else max(size - int(last), 0)
     end = min(int(last) if first and last else size - 1, size - 1)
     if start > end:
-        raise Problem(416, "the range lies outside the file", headers={"Content-Range": f"bytes */{size}"})
+        raise Problem(
+            416, "the range lies outside the file", headers={"Content-Range": f"bytes */{size}"}
+        )
     response.status, response.body = 206, response.body[start : end + 1]
     response.headers.append(("Content-Range", f"bytes {start}-{end}/{size}"))
     return response
@@ -10558,11 +11296,15 @@ class Service:
     identity: what `/_mflocal/id` tells; log: takes one line for the daemon's log.
     """
 
-    def __init__(self, settings: Settings, identity: Dict[str, Any], log: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: Settings, identity: Dict[str, Any], log: Callable[[str], None]
+    ) -> None:
         self.settings = settings
         self.identity = identity
         self.log = log
-        self.store = Store(os.path.realpath(settings.metaflow_dir), os.path.join(settings.state_dir, "tmp"))
+        self.store = Store(
+            os.path.realpath(settings.metaflow_dir), os.path.join(settings.state_dir, "tmp")
+        )
         self.store.sweep()
         self.liveness = Liveness(self.store, settings.run_cutoff)
         self.subscriptions = Subscriptions(self.store, self.liveness, settings, log)
@@ -10709,7 +11451,12 @@ class Service:
     def active_runs(self) -> List[Dict[str, Any]]:
         """Unfinished runs known to be alive: flow_id, run_number, how (connection or heartbeat), since (ms)."""
         return [
-            {"flow_id": run.flow, "run_number": public_id(run.id), "how": how, "since": run.self_record.get("ts_epoch")}
+            {
+                "flow_id": run.flow,
+                "run_number": public_id(run.id),
+                "how": how,
+                "since": run.self_record.get("ts_epoch"),
+            }
             for run, how in self.liveness.active_runs(int(self.settings.run_cutoff))
         ]
 
@@ -10720,7 +11467,9 @@ class Service:
 
         connection = Connection(reader, writer)
         if len(self.connections) >= self._limit:
-            writer.write(problem_response(Problem(503, "too many connections", close=True)).encode(None))
+            writer.write(
+                problem_response(Problem(503, "too many connections", close=True)).encode(None)
+            )
             writer.close()
             return
         self.connections.add(connection)
@@ -10849,7 +11598,9 @@ class Service:
                 self.log(f"{request.method} {request.path} failed\n{traceback.format_exc()}")
                 if connection.socket is not None:
                     return False
-                result = problem_response(Problem(500, "the service failed on this request; see `mflocal logs`"))
+                result = problem_response(
+                    Problem(500, "the service failed on this request; see `mflocal logs`")
+                )
             close = close or self.draining
             keep = result.keeps_alive(request) and not close
             connection.ours = not keep
@@ -10857,7 +11608,9 @@ class Service:
                 data = result.encode(request, close=close, extra=extra)
             except ValueError as error:  # a header that would have broken the framing
                 self.log(f"{request.method} {request.path}: {error}")
-                result = problem_response(Problem(500, "the answer cannot be sent; see `mflocal logs`"))
+                result = problem_response(
+                    Problem(500, "the answer cannot be sent; see `mflocal logs`")
+                )
                 data = result.encode(request, close=close)
             connection.writer.write(data)
             self.store.prepare()  # the client has the answer to digest first
@@ -10899,7 +11652,9 @@ class Service:
             allowed_hosts=settings.allowed_hosts,
             allowed_origins=settings.allowed_origins,
             bound_host=self._host,
-            auth_key=None if control else settings.auth_key,  # the control routes ask for the daemon's own secret
+            auth_key=None
+            if control
+            else settings.auth_key,  # the control routes ask for the daemon's own secret
         )
         if self.draining:
             raise Problem(503, "the service is stopping", close=True, headers={"Retry-After": "1"})
@@ -10911,9 +11666,13 @@ class Service:
 
     def bytes_waiting(self) -> int:
         """Bytes written to connections that their clients have not taken yet."""
-        return sum(connection.writer.transport.get_write_buffer_size() for connection in self.connections)
+        return sum(
+            connection.writer.transport.get_write_buffer_size() for connection in self.connections
+        )
 
-    async def _take_over(self, connection: Connection, request: Request, takeover: Takeover, extra: Headers) -> None:
+    async def _take_over(
+        self, connection: Connection, request: Request, takeover: Takeover, extra: Headers
+    ) -> None:
         headers = websocket_handshake(request)
         connection.socket = websocket = WebSocket(connection, request, self.bytes_waiting)
         connection.writer.write(switching_protocols(headers + list(extra)))
@@ -10936,7 +11695,9 @@ class Service:
 
     def _static(self, request: Request) -> Response:
         if self.bundle is None:
-            raise Problem(404, f"there is nothing at {request.path}; `mflocal ui` serves the UI here")
+            raise Problem(
+                404, f"there is nothing at {request.path}; `mflocal ui` serves the UI here"
+            )
         return self.bundle.answer(request)
 
 
@@ -10952,7 +11713,11 @@ def _connection_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         except (ValueError, OSError):
             soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(8, min(MAX_CONNECTIONS, soft - SPARE_FILES))
+    return (
+        MAX_CONNECTIONS
+        if soft == resource.RLIM_INFINITY
+        else max(8, min(MAX_CONNECTIONS, soft - SPARE_FILES))
+    )
 
 
 # ---- 15. Daemon: state files, lock, start, control routes, log ----
@@ -10964,7 +11729,9 @@ def _connection_limit() -> int:
 LOCK_FILE = "lock"
 STATE_FILE = "daemon.json"
 LOG_FILE = "daemon.log"
-CARDS_FILE = "cards.json"  # directories outside the root in which wrappers' flows have put their cards
+CARDS_FILE = (
+    "cards.json"  # directories outside the root in which wrappers' flows have put their cards
+)
 LOGIN_SECONDS = 300.0  # s that the one-time URL of `mflocal ui` is good for
 LOCK_POLL = 0.02  # s between looks at a lock that somebody else holds
 KEPT_OPTIONS = (
@@ -10995,7 +11762,8 @@ def _private_dir(path: str) -> None:
         raise DaemonError("%s is not a directory: move it away" % path)
     if info.st_uid != os.geteuid():
         raise DaemonError(
-            "%s belongs to another user (uid %d): only that user can start a daemon for this root" % (path, info.st_uid)
+            "%s belongs to another user (uid %d): only that user can start a daemon for this root"
+            % (path, info.st_uid)
         )
     if stat.S_IMODE(info.st_mode) != 0o700:
         os.chmod(path, 0o700)
@@ -11100,7 +11868,9 @@ def _lock_in(directory: str) -> Optional[int]:
             os.close(fd)
             return None
         # Some network file systems grant every lock. A second descriptor must not get it as well.
-        other = os.open(os.path.join(directory, LOCK_FILE), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        other = os.open(
+            os.path.join(directory, LOCK_FILE), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        )
         try:
             if not os.path.samestat(os.fstat(fd), os.fstat(other)):
                 os.close(fd)
@@ -11220,7 +11990,9 @@ class State:
 
     def save(self) -> None:
         """Write daemon.json, a member on each line, for _members(). Raises OSError."""
-        members = [" %s: %s" % (json.dumps(name), json.dumps(value)) for name, value in self.record.items()]
+        members = [
+            " %s: %s" % (json.dumps(name), json.dumps(value)) for name, value in self.record.items()
+        ]
         data = ("{\n%s\n}\n" % ",\n".join(members)).encode()
         _write_private(os.path.join(self.directory, STATE_FILE), data)
 
@@ -11365,7 +12137,9 @@ class Link:
         self._rest = b""  # of an answer after the one that was read
         self.due = 0  # answers not read yet
         family = _socket.AF_INET6 if ":" in state.address else _socket.AF_INET
-        self.sock = _socket.socket(family, _socket.SOCK_STREAM)  # `socket` around it takes 5 ms to load
+        self.sock = _socket.socket(
+            family, _socket.SOCK_STREAM
+        )  # `socket` around it takes 5 ms to load
         try:
             self.sock.settimeout(timeout)
             self.sock.connect((state.address, state.port))
@@ -11376,7 +12150,11 @@ class Link:
     def send(self, method: str, path: str, data: bytes = b"", secret: bool = True) -> None:
         """Send one request with a body of JSON; `secret` adds the control token. Raises OSError."""
         host = self._state.url[len("http://") :]
-        lines = ["%s %s HTTP/1.1" % (method, path), "host: " + host, "content-length: %d" % len(data)]
+        lines = [
+            "%s %s HTTP/1.1" % (method, path),
+            "host: " + host,
+            "content-length: %d" % len(data),
+        ]
         if data:
             lines.append("content-type: application/json")
         if secret:
@@ -11494,11 +12272,18 @@ def who_holds(settings: Settings) -> str:
         state = read_state(directory)
         if state and _elsewhere(state):
             where = state.record.get("hostname")
-            return "a daemon on host %s serves %s already (see %s)" % (where, settings.root, directory)
-        if state:
-            return "the daemon of %s (pid %d) does not answer; end it with `mflocal stop --force`" % (
+            return "a daemon on host %s serves %s already (see %s)" % (
+                where,
                 settings.root,
-                state.pid,
+                directory,
+            )
+        if state:
+            return (
+                "the daemon of %s (pid %d) does not answer; end it with `mflocal stop --force`"
+                % (
+                    settings.root,
+                    state.pid,
+                )
             )
     return "another process holds the lock in %s but no daemon answers" % settings.state_dir
 
@@ -11539,7 +12324,10 @@ def listen(settings: Settings, lock_fd: int, last_port: int = 0) -> socket.socke
 
 def _bind_problem(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return "port %d on %s is taken by another program (--port 0 takes a free one)" % (port, host)
+        return "port %d on %s is taken by another program (--port 0 takes a free one)" % (
+            port,
+            host,
+        )
     return "cannot listen on %s port %d: %s" % (host, port, error.strerror or error)
 
 
@@ -11575,18 +12363,27 @@ def _launch(settings: Settings, lock_fd: int, directory: str, last_port: int) ->
     log_fd = -1
     try:
         _sweep(directory)
-        log_fd = _open_private(os.path.join(directory, LOG_FILE), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log_fd = _open_private(
+            os.path.join(directory, LOG_FILE), os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        )
         keep = (lock_fd, sock.fileno(), ready_w)
         pid = _spawn(settings.root, config_r, log_fd, keep)
         state = new_state(settings, directory, sock.getsockname()[1], pid)
         state.save()
-        config = {"settings": _plain(settings), "state": state.record, "directory": directory, "fds": keep}
+        config = {
+            "settings": _plain(settings),
+            "state": state.record,
+            "directory": directory,
+            "fds": keep,
+        }
         # The daemon waits for these bytes: if we die before, it reads an empty pipe and leaves.
         os.write(config_w, json.dumps(config).encode())
         result, ready_r = Running(state, "started", ready_fd=ready_r), -1
         return result
     except OSError as error:
-        raise DaemonError("cannot start the daemon in %s: %s" % (directory, error.strerror)) from None
+        raise DaemonError(
+            "cannot start the daemon in %s: %s" % (directory, error.strerror)
+        ) from None
     finally:
         sock.close()
         for fd in (ready_r, ready_w, config_r, config_w, log_fd):
@@ -11609,19 +12406,33 @@ def _spawn(root: str, stdin: int, log: int, keep: Tuple[int, ...]) -> int:
     """Start the daemon process by exec: own session, no client settings, no descriptor but its own."""
     if not sys.executable:
         raise DaemonError("this Python does not know its own executable (sys.executable is empty)")
-    here = os.path.realpath(__file__)  # a link to this file may have any name, and no module beside it
+    here = os.path.realpath(
+        __file__
+    )  # a link to this file may have any name, and no module beside it
     name, kind = os.path.splitext(os.path.basename(here))
     # Importing by name uses the cached bytecode, which running the file would not. The module's folder goes
     # last: in a site-packages nothing may come before the standard library.
-    code = "import sys; sys.path.append(%r); import %s as m; sys.exit(m.daemon_main())" % (os.path.dirname(here), name)
-    if kind not in (".py", ".pyc") or not name.isidentifier():  # a copy that is no module by its name
-        code = "import runpy, sys; m = runpy.run_path(%r, run_name='mflocal'); sys.exit(m['daemon_main']())" % here
+    code = "import sys; sys.path.append(%r); import %s as m; sys.exit(m.daemon_main())" % (
+        os.path.dirname(here),
+        name,
+    )
+    if (
+        kind not in (".py", ".pyc") or not name.isidentifier()
+    ):  # a copy that is no module by its name
+        code = (
+            "import runpy, sys; m = runpy.run_path(%r, run_name='mflocal'); sys.exit(m['daemon_main']())"
+            % here
+        )
     command = [sys.executable, "-s" if "PYTHONHOME" in os.environ else "-I", "-S"]
     command += ["-X", "utf8=%d" % sys.flags.utf8_mode, "-c", code]
     command += ["mflocal daemon", root]
     scrubbed = ("METAFLOW_", "PYTHON", "SHIV_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(scrubbed) or k == "PYTHONHOME"}
-    actions = [(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
+    actions = [
+        (os.POSIX_SPAWN_DUP2, stdin, 0),
+        (os.POSIX_SPAWN_DUP2, log, 1),
+        (os.POSIX_SPAWN_DUP2, log, 2),
+    ]
     plain = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD)
     for fd in keep:
         os.set_inheritable(fd, True)
@@ -11665,7 +12476,9 @@ def wait_ready(running: Running) -> Running:
     poll.register(running.ready_fd, select.POLLIN)
     if not poll.poll(START_TIMEOUT * 1000):
         os.close(running.ready_fd)
-        raise DaemonError("the daemon (pid %d) is not ready after %d s" % (running.state.pid, START_TIMEOUT))
+        raise DaemonError(
+            "the daemon (pid %d) is not ready after %d s" % (running.state.pid, START_TIMEOUT)
+        )
     problem = read_ready(running.ready_fd)
     if problem:
         wait_gone(running.state, CONTROL_TIMEOUT)  # so that whoever tries again does not meet it
@@ -11678,7 +12491,10 @@ def wait_ready(running: Running) -> Running:
 
 def start_problem(state: State, problem: str) -> str:
     """The line that tells a user why a daemon did not start."""
-    return "the daemon could not start: %s (see %s)" % (problem, os.path.join(state.directory, LOG_FILE))
+    return "the daemon could not start: %s (see %s)" % (
+        problem,
+        os.path.join(state.directory, LOG_FILE),
+    )
 
 
 def wait_gone(state: State, seconds: float) -> bool:
@@ -11833,7 +12649,9 @@ class Host:
         self._stopping = False
         self._ready = False
         self._stamp: Tuple[int, ...] = ()
-        self._logins: Dict[str, float] = {}  # one-time words of ui_url -> when they end (monotonic s)
+        self._logins: Dict[
+            str, float
+        ] = {}  # one-time words of ui_url -> when they end (monotonic s)
 
     def run(self, sock: socket.socket) -> int:
         """Serve on `sock` until stopped. Returns the exit code: 0, or 1 after a failure."""
@@ -12018,7 +12836,9 @@ class Host:
         else:
             self.service.hold_lease(request.connection, lease)
             self._learn_cards(body.get("cards"))
-        return json_response({"instance": self._state.instance, "ui": bool(self._state.record.get("ui"))})
+        return json_response(
+            {"instance": self._state.instance, "ui": bool(self._state.record.get("ui"))}
+        )
 
     def _ui(self, request: Request) -> Response:
         bundle = self._body(request).get("bundle")
@@ -12048,7 +12868,9 @@ class Host:
     def _login(self, request: Request) -> Response:
         end = self._logins.pop(request.arg("once") or "", 0.0)
         if end < time.monotonic() or not self._settings.auth_key:
-            raise Problem(403, "this link has been used or is too old; `mflocal ui` makes a new one")
+            raise Problem(
+                403, "this link has been used or is too old; `mflocal ui` makes a new one"
+            )
         cookie = key_cookie(self._settings.auth_key)
         return Response(303, headers=[("Location", "/"), cookie, ("Cache-Control", "no-store")])
 
@@ -12065,7 +12887,9 @@ def serve_here(settings: Settings) -> int:
         found = find_daemon(settings)
         if found:
             state = found[0]
-            raise DaemonError("pid %d serves %s already, on %s" % (state.pid, settings.root, state.url))
+            raise DaemonError(
+                "pid %d serves %s already, on %s" % (state.pid, settings.root, state.url)
+            )
         if time.monotonic() > deadline:
             raise DaemonError(who_holds(settings))
         time.sleep(LOCK_POLL)
@@ -12129,13 +12953,25 @@ class _Args(NamedTuple):
 
 # name -> (placeholder or "" for switches, repeatable, help)
 _FLAGS: Dict[str, Tuple[str, bool, str]] = {
-    "root": ("DIR", False, "the directory that contains .metaflow (default: as Metaflow's local mode finds it)"),
+    "root": (
+        "DIR",
+        False,
+        "the directory that contains .metaflow (default: as Metaflow's local mode finds it)",
+    ),
     "port": ("PORT", False, "TCP port (default 0: the one this root had last, else any free one)"),
     "host": ("HOST", False, "address to listen on (default 127.0.0.1; others need an auth key)"),
-    "idle-timeout": ("SECONDS", False, "stop after so long without use, 0 = never (default 300; serve: 0)"),
+    "idle-timeout": (
+        "SECONDS",
+        False,
+        "stop after so long without use, 0 = never (default 300; serve: 0)",
+    ),
     "allow-host": ("NAME", True, "also answer requests for this Host name (repeatable)"),
     "allow-origin": ("URL", True, "also answer pages from this origin (repeatable)"),
-    "heartbeats": ("MODE", False, "auto, connection or sidecar: how tasks show that they live (default auto)"),
+    "heartbeats": (
+        "MODE",
+        False,
+        "auto, connection or sidecar: how tasks show that they live (default auto)",
+    ),
     "bundle": ("DIR|ZIP", False, "static build of the Metaflow UI to serve"),
     "no-open": ("", False, "do not open the browser"),
     "json": ("", False, "print JSON"),
@@ -12143,7 +12979,13 @@ _FLAGS: Dict[str, Tuple[str, bool, str]] = {
     "force": ("", False, "also when runs are active, or when the daemon does not answer"),
     "quiet": ("", False, "no line of our own on stderr (-q)"),
 }
-_SHORT = {"-q": "--quiet", "-f": "--follow", "-h": "--help", "--metaflow-root": "--root", "-V": "--version"}
+_SHORT = {
+    "-q": "--quiet",
+    "-f": "--follow",
+    "-h": "--help",
+    "--metaflow-root": "--root",
+    "-V": "--version",
+}
 _FIELDS = {  # option -> field of Settings
     "root": "root",
     "port": "port",
@@ -12249,7 +13091,11 @@ def find_bundle() -> Optional[str]:
             continue
         for name in names:
             path = os.path.join(place, name)
-            if name.startswith("metaflow-ui") and name.endswith(".zip") and not bundle_problem(path):
+            if (
+                name.startswith("metaflow-ui")
+                and name.endswith(".zip")
+                and not bundle_problem(path)
+            ):
                 if _whole_zip(path):
                     return path
     inside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mflocal_ui.zip")
@@ -12296,7 +13142,9 @@ def client_environment(settings: Settings, state: State, config: ClientConfig) -
     return env
 
 
-def cards_elsewhere(settings: Settings, config: ClientConfig, env: Mapping[str, str]) -> Optional[str]:
+def cards_elsewhere(
+    settings: Settings, config: ClientConfig, env: Mapping[str, str]
+) -> Optional[str]:
     """Where CMD's cards go if not below our root: they follow the current directory, not the datastore.
 
     Source: CardDatastore.get_storage_root in metaflow/plugins/cards/card_datastore.py.
@@ -12338,7 +13186,11 @@ def lease_headers(config: ClientConfig, lease: str) -> str:
             raise SettingsError("%s is not JSON" % name) from None
     if value is not None and not isinstance(value, dict):
         raise SettingsError("%s must be a JSON object" % name)
-    return json.dumps({**value, "x-mflocal-lease": lease}) if value else '{"x-mflocal-lease": "%s"}' % lease
+    return (
+        json.dumps({**value, "x-mflocal-lease": lease})
+        if value
+        else '{"x-mflocal-lease": "%s"}' % lease
+    )
 
 
 # -- does the Python that runs CMD have Metaflow extensions? --
@@ -12366,7 +13218,9 @@ def has_extensions(command: Sequence[str]) -> Optional[bool]:
         return None
     places += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     places.append(os.getcwd())  # python -m, python -c
-    places += [os.path.dirname(os.path.abspath(word)) for word in command[1:] if word.endswith(".py")][:1]
+    places += [
+        os.path.dirname(os.path.abspath(word)) for word in command[1:] if word.endswith(".py")
+    ][:1]
     seen = set()
     while places:
         place = places.pop()
@@ -12380,7 +13234,11 @@ def has_extensions(command: Sequence[str]) -> Optional[bool]:
                 return True  # the finder module of an editable install
             if path.endswith(".pth"):
                 lines = (line.strip() for line in text.splitlines())
-                more = [line for line in lines if line and not line.startswith(("#", "import ", "import\t"))]
+                more = [
+                    line
+                    for line in lines
+                    if line and not line.startswith(("#", "import ", "import\t"))
+                ]
                 places += [os.path.join(place, line) for line in more if len(seen) < 1000]
     return False
 
@@ -12391,7 +13249,9 @@ def _plugins_in(directory: str) -> bool:
             packages = [e.path for e in names if e.is_dir()]
     except OSError:
         return False
-    return any(os.path.exists(os.path.join(p, n)) for p in packages for n in ("plugins", "plugins.py"))
+    return any(
+        os.path.exists(os.path.join(p, n)) for p in packages for n in ("plugins", "plugins.py")
+    )
 
 
 def _path_files(place: str) -> List[Tuple[str, str]]:
@@ -12511,9 +13371,17 @@ def _pyenv_python(name: str, shim: bytes) -> Optional[str]:
     """
     text = os.fsdecode(shim)
     root = text.partition('export PYENV_ROOT="')[2].partition('"')[0]
-    if '/libexec/pyenv" exec ' not in text or "PYENV_DIR=" in text or os.environ.get("PYENV_DIR") or not root:
+    if (
+        '/libexec/pyenv" exec ' not in text
+        or "PYENV_DIR=" in text
+        or os.environ.get("PYENV_DIR")
+        or not root
+    ):
         return None
-    if any(os.path.isdir(os.path.join(place, "pyenv.d", "version-name")) for place in _pyenv_plugins(root)):
+    if any(
+        os.path.isdir(os.path.join(place, "pyenv.d", "version-name"))
+        for place in _pyenv_plugins(root)
+    ):
         return None
     chosen = os.environ.get("PYENV_VERSION", "").split(":")
     if chosen == [""]:
@@ -12537,7 +13405,8 @@ def _pyenv_plugins(root: str) -> List[str]:
     """Where hooks of pyenv may lie below its root."""
     try:
         return [root] + [
-            os.path.join(root, "plugins", name, "etc") for name in os.listdir(os.path.join(root, "plugins"))
+            os.path.join(root, "plugins", name, "etc")
+            for name in os.listdir(os.path.join(root, "plugins"))
         ]
     except OSError:
         return [root]
@@ -12577,7 +13446,12 @@ def _cmd_run(args: _Args) -> int:
     try:
         if not args.on("quiet"):
             state = running.state
-            line = "%s, root %s, %s, pid %d" % (state.url, state.record["root"], running.how, state.pid)
+            line = "%s, root %s, %s, pid %d" % (
+                state.url,
+                state.record["root"],
+                running.how,
+                state.pid,
+            )
             complain(line + _overridden(config, state.url) + _parted(config, settings))
             _compare(settings, running)
         environ = {**os.environ, **env}
@@ -12603,7 +13477,10 @@ def _overridden(config: ClientConfig, url: str) -> str:
 def _parted(config: ClientConfig, settings: Settings) -> str:
     """Where artifacts go if that is not the root: `eval "$(mflocal env)"` of another root may have said so."""
     sysroot = config.get("METAFLOW_DATASTORE_SYSROOT_LOCAL")
-    if not isinstance(sysroot, str) or real_root(os.path.join(os.getcwd(), sysroot)) == settings.root:
+    if (
+        not isinstance(sysroot, str)
+        or real_root(os.path.join(os.getcwd(), sysroot)) == settings.root
+    ):
         return ""
     return ", but METAFLOW_DATASTORE_SYSROOT_LOCAL keeps artifacts in %s" % sysroot
 
@@ -12617,12 +13494,20 @@ def _compare(settings: Settings, running: Running) -> None:
         wanted = getattr(settings, field)
         own = field in ("port", "auth_key", "host")
         has = state.record.get(field) if own else state.options.get(field, wanted)
-        if (list(wanted) if isinstance(wanted, tuple) else wanted) == has or (field, wanted) == ("port", 0):
+        if (list(wanted) if isinstance(wanted, tuple) else wanted) == has or (field, wanted) == (
+            "port",
+            0,
+        ):
             continue
         flag, env, _ = OPTIONS[field]
-        other.append((flag or ENV_PREFIX + env) + ("" if field == "auth_key" else " is %s" % (has,)))
+        other.append(
+            (flag or ENV_PREFIX + env) + ("" if field == "auth_key" else " is %s" % (has,))
+        )
     if other:
-        complain("the running daemon keeps its options (%s); `mflocal restart` changes them" % ", ".join(other))
+        complain(
+            "the running daemon keeps its options (%s); `mflocal restart` changes them"
+            % ", ".join(other)
+        )
 
 
 def _json_text(text: str) -> str:
@@ -12639,7 +13524,9 @@ class _Ended(Exception):
 class _Wrapper:
     """CMD, its lease, and its daemon: waits for all three at once, without polling."""
 
-    def __init__(self, settings: Settings, running: Running, lease: str, cards: Optional[str] = None) -> None:
+    def __init__(
+        self, settings: Settings, running: Running, lease: str, cards: Optional[str] = None
+    ) -> None:
         self._settings = settings
         self._running = running
         self._lease = lease
@@ -12668,7 +13555,11 @@ class _Wrapper:
             # A shell reports the signal that ended its flow as 128 + N.
             if self._ready_fd < 0 and self._status is not None and _exit_code(self._status) < 128:
                 self._link.sock.settimeout(1.0)
-                self._link.send("POST", "/_mflocal/lease", b'{"lease": "%b", "ended": true}' % self._lease.encode())
+                self._link.send(
+                    "POST",
+                    "/_mflocal/lease",
+                    b'{"lease": "%b", "ended": true}' % self._lease.encode(),
+                )
                 while self._link.due:
                     self._link.receive()
         except (OSError, ValueError, IndexError):
@@ -12761,7 +13652,11 @@ class _Wrapper:
             if not self._link:
                 self._link = Link(self._running.state)
             cards = _json_text(self._cards) if self._cards else "null"
-            self._link.send("POST", "/_mflocal/lease", ('{"lease": "%s", "cards": %s}' % (self._lease, cards)).encode())
+            self._link.send(
+                "POST",
+                "/_mflocal/lease",
+                ('{"lease": "%s", "cards": %s}' % (self._lease, cards)).encode(),
+            )
         except OSError:
             if self._ready_fd < 0:
                 self._lost()
@@ -12809,7 +13704,9 @@ class _Wrapper:
             return
         self._restarts.append(now)
         if self._running.state.port != state.port:
-            raise _Ended("the daemon came back on port %d, not %d" % (self._running.state.port, state.port))
+            raise _Ended(
+                "the daemon came back on port %d, not %d" % (self._running.state.port, state.port)
+            )
         self._settings = settings
         self._retry_at = None
         self._link = self._running.link
@@ -12854,8 +13751,12 @@ class _Wrapper:
 def _as_started(settings: Settings, state: State) -> Settings:
     """Our settings with the options that the daemon of `state` had: a daemon brought back keeps them."""
     options = state.options.items()
-    values: Dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options if k in KEPT_OPTIONS}
-    values.update(auth_key=state.record.get("auth_key"), ui_bundle=state.record.get("ui"), port=state.port)
+    values: Dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in options if k in KEPT_OPTIONS
+    }
+    values.update(
+        auth_key=state.record.get("auth_key"), ui_bundle=state.record.get("ui"), port=state.port
+    )
     # The bundle may be gone by now: that must not keep the daemon from coming back.
     return settings._replace(asked=settings.asked - {"ui_bundle"}, **values)
 
@@ -12987,7 +13888,9 @@ def _stop_daemon(settings: Settings, force: bool) -> Tuple[int, Optional[State]]
         link.close()
     if status == 409:
         for run in body.get("active_runs", []):
-            complain("active: %s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how")))
+            complain(
+                "active: %s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how"))
+            )
         complain("not stopped, because runs are active; --force stops anyway")
         return EXIT_REFUSED, state
     if status != 200:
@@ -13026,7 +13929,9 @@ def _cmd_stop(args: _Args) -> int:
     if code == EXIT_NONE:
         return _none_runs(settings)
     if code == 0 and not args.on("quiet"):
-        sys.stdout.write("mflocal stopped%s\n" % (": pid %d, %s" % (state.pid, state.url) if state else ""))
+        sys.stdout.write(
+            "mflocal stopped%s\n" % (": pid %d, %s" % (state.pid, state.url) if state else "")
+        )
     return code
 
 
@@ -13037,7 +13942,9 @@ def _cmd_restart(args: _Args) -> int:
         return code
     if state:  # what nobody asks for anew stays as it was
         old = _as_started(settings, state)
-        same: Dict[str, Any] = {name: getattr(settings, name) for name in settings.asked if name != "port"}
+        same: Dict[str, Any] = {
+            name: getattr(settings, name) for name in settings.asked if name != "port"
+        }
         if settings.port:
             same["port"] = settings.port
         settings = old._replace(**same, asked=settings.asked)
@@ -13057,9 +13964,13 @@ def _cmd_status(args: _Args) -> int:
     try:
         status, body = found[1].ask("GET", "/_mflocal/status")
     except (OSError, ValueError) as error:
-        raise DaemonError("the daemon (pid %d) does not answer: %s" % (found[0].pid, error)) from None
+        raise DaemonError(
+            "the daemon (pid %d) does not answer: %s" % (found[0].pid, error)
+        ) from None
     if status != 200:
-        raise DaemonError("the daemon (pid %d) answered %s %s" % (found[0].pid, status, _detail(body)))
+        raise DaemonError(
+            "the daemon (pid %d) answered %s %s" % (found[0].pid, status, _detail(body))
+        )
     if args.on("json"):
         sys.stdout.write(json.dumps({"running": True, **body}, indent=2) + "\n")
         return 0
@@ -13070,7 +13981,9 @@ def _cmd_status(args: _Args) -> int:
     rows.append(("log", body["log"]))
     rows.append(("active runs", len(body["active_runs"]) or "none"))
     for run in body["active_runs"]:
-        rows.append(("", "%s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how"))))
+        rows.append(
+            ("", "%s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how")))
+        )
     sys.stdout.write("".join("%-12s %s\n" % row for row in rows))
     return 0
 
@@ -13133,23 +14046,35 @@ def _cmd_serve(args: _Args) -> int:
 
 _SERVER = ("root", "port", "host", "idle-timeout", "allow-host", "allow-origin", "bundle", "quiet")
 _COMMANDS: Dict[str, _Command] = {
-    "run": _Command(_cmd_run, (*_SERVER, "heartbeats"), "run CMD with the service in its environment"),
+    "run": _Command(
+        _cmd_run, (*_SERVER, "heartbeats"), "run CMD with the service in its environment"
+    ),
     "start": _Command(_cmd_start, _SERVER, "start the daemon in the background"),
-    "stop": _Command(_cmd_stop, ("root", "force", "quiet"), "stop it; refused while runs are active"),
+    "stop": _Command(
+        _cmd_stop, ("root", "force", "quiet"), "stop it; refused while runs are active"
+    ),
     "restart": _Command(_cmd_restart, (*_SERVER, "force"), "stop, then start on the same port"),
-    "status": _Command(_cmd_status, ("root", "json", "quiet"), "what runs, on which port, which runs are active"),
+    "status": _Command(
+        _cmd_status, ("root", "json", "quiet"), "what runs, on which port, which runs are active"
+    ),
     "url": _Command(_cmd_url, ("root", "quiet"), "print the URL"),
-    "env": _Command(_cmd_env, _SERVER, 'print export lines for eval "$(mflocal env)"; starts the daemon'),
+    "env": _Command(
+        _cmd_env, _SERVER, 'print export lines for eval "$(mflocal env)"; starts the daemon'
+    ),
     "logs": _Command(_cmd_logs, ("root", "follow", "quiet"), "print the daemon's log"),
     "serve": _Command(_cmd_serve, _SERVER, "be the daemon, in the foreground"),
-    "ui": _Command(_cmd_ui, (*_SERVER, "no-open"), "serve the Metaflow UI and open it in the browser"),
+    "ui": _Command(
+        _cmd_ui, (*_SERVER, "no-open"), "serve the Metaflow UI and open it in the browser"
+    ),
 }
 
 
 def _help(name: str = "") -> str:
     if not name:
         rows = ["  %-8s %s" % (key, command.help) for key, command in _COMMANDS.items()]
-        text = "usage: mflocal COMMAND [options]\n\n%s\n\nmflocal COMMAND --help tells its options.\n"
+        text = (
+            "usage: mflocal COMMAND [options]\n\n%s\n\nmflocal COMMAND --help tells its options.\n"
+        )
         text += "mflocal -V, --version tells which one this is.\n"
         return text % "\n".join(rows)
     command = _COMMANDS[name]
@@ -13205,7 +14130,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # The reader of our output left (`mflocal logs | head`). Nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
-    except OSError as error:  # the disk under our output is full, the daemon went while it was asked
+    except (
+        OSError
+    ) as error:  # the disk under our output is full, the daemon went while it was asked
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         complain("%s: %s" % (name, error))
         return EXIT_DAEMON

@@ -152,7 +152,9 @@ def _drive_one(sockets: list[socket.socket], requests: list[bytes]) -> tuple[lis
     return times, failures, failure
 
 
-def _drive_many(sockets: list[socket.socket], requests: list[bytes]) -> tuple[list[float], int, str]:
+def _drive_many(
+    sockets: list[socket.socket], requests: list[bytes]
+) -> tuple[list[float], int, str]:
     poll, clock = select.epoll(), time.perf_counter
     by_fd = {sock.fileno(): sock for sock in sockets}
     began: dict[int, float] = {}
@@ -188,7 +190,9 @@ def _drive_many(sockets: list[socket.socket], requests: list[bytes]) -> tuple[li
 def load(port: int, connections: int, requests: Sequence[bytes], warm: int = 0) -> Load:
     """Drives a server from a process of its own."""
     data = pickle.dumps((("127.0.0.1", port), connections, warm, list(requests)))
-    done = subprocess.run([sys.executable, __file__, "--client"], input=data, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--client"], input=data, stdout=subprocess.PIPE, check=True
+    )
     return Load(*pickle.loads(done.stdout))
 
 
@@ -206,7 +210,9 @@ def request(method: str, path: str, body: Any = None) -> bytes:
     return head.encode() + b"\r\n" + data
 
 
-def ask(port: int, method: str, path: str, body: Any = None, patience: float = PATIENCE) -> tuple[float, bytes]:
+def ask(
+    port: int, method: str, path: str, body: Any = None, patience: float = PATIENCE
+) -> tuple[float, bytes]:
     """(seconds, body) of one answer on a connection of its own. Raises OSError, ValueError when it is not 2xx."""
     with socket.create_connection(("127.0.0.1", port), timeout=patience) as sock:
         began = time.perf_counter()
@@ -257,7 +263,13 @@ class _Yes(asyncio.Protocol):
             body: dict[str, Any] | list[str] = {"flow_id": "BenchFlow"}
             if path.endswith((b"/run", b"/task")):
                 number = time.time_ns() // 1000
-                body = {"flow_id": "BenchFlow", "run_number": number, "task_id": number, "tags": [], "system_tags": []}
+                body = {
+                    "flow_id": "BenchFlow",
+                    "run_number": number,
+                    "task_id": number,
+                    "tags": [],
+                    "system_tags": [],
+                }
             elif path.endswith((b"/metadata", b"/artifact")):
                 body = []
             text = json.dumps(body).encode()
@@ -297,7 +309,9 @@ def write_files(directory: Path, files: int, folders: int, rounds: int) -> float
             os.write(fd, data)
             os.close(fd)
             os.rename(temp, f"{place}/_meta/{number}-{file}.json")
-    return rounds / (time.perf_counter() - began)  # nothing is deleted: ext4 is slow beside fresh deletions
+    return rounds / (
+        time.perf_counter() - began
+    )  # nothing is deleted: ext4 is slow beside fresh deletions
 
 
 # -- the two services
@@ -305,7 +319,11 @@ def write_files(directory: Path, files: int, folders: int, rounds: int) -> float
 
 def clean_env(home: Path, **more: str) -> dict[str, str]:
     """This environment without what would steer Metaflow or either service, with a home of its own."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("METAFLOW", "MFLOCAL", "PYTHON", "XDG_", "SHIV"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("METAFLOW", "MFLOCAL", "PYTHON", "XDG_", "SHIV"))
+    }
     home.mkdir(parents=True, exist_ok=True)
     return {**kept, "HOME": str(home), "USER": "tester", **more}
 
@@ -313,7 +331,9 @@ def clean_env(home: Path, **more: str) -> dict[str, str]:
 def run(command: Sequence[str], env: dict[str, str], cwd: Path, check: bool = True) -> float:
     """Seconds that a command took. Raises CalledProcessError with what it said."""
     began = time.perf_counter()
-    done = subprocess.run(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
     seconds = time.perf_counter() - began
     if check and done.returncode:
         sys.stderr.write(done.stdout.decode("utf-8", "replace"))
@@ -416,7 +436,9 @@ class Peer(Subject):
 class Row:
     """One row: figures by subject, one per round; `better` tells whether more or less of the unit is good."""
 
-    def __init__(self, group: str, what: str, unit: str, better: str, target: str = "", limit: float = 0.0) -> None:
+    def __init__(
+        self, group: str, what: str, unit: str, better: str, target: str = "", limit: float = 0.0
+    ) -> None:
         self.group, self.what, self.unit, self.better, self.target, self.limit = (
             group, what, unit, better, target, limit,
         )  # fmt: skip
@@ -446,7 +468,11 @@ class Row:
         if not self.target:
             return None
         kind = self.target.split()[0]
-        value = self.median("mflocal") if kind == "abs" else self.ratio("local" if kind == "local" else "peer")
+        value = (
+            self.median("mflocal")
+            if kind == "abs"
+            else self.ratio("local" if kind == "local" else "peer")
+        )
         if value is None:
             return None
         if kind == "local":
@@ -533,15 +559,29 @@ class Bench:
             for name in ("mflocal.py", "pyproject.toml", "README.md"):
                 shutil.copyfile(REPO / name, source / name)
             self._pip(self.our_venv, ["--no-deps", str(source)])
-        shutil.copyfile(REPO / "mflocal.py", site / "mflocal.py")  # what pip would install, as of now
+        shutil.copyfile(
+            REPO / "mflocal.py", site / "mflocal.py"
+        )  # what pip would install, as of now
         self.python = str(self.our_venv / "bin/python")
-        run([self.python, "-m", "compileall", "-q", str(site / "mflocal.py")], clean_env(self.work / "home"), self.work)
+        run(
+            [self.python, "-m", "compileall", "-q", str(site / "mflocal.py")],
+            clean_env(self.work / "home"),
+            self.work,
+        )
         for venv in (self.our_venv, self.peer_venv):
-            (next(venv.glob("lib/python*/site-packages")) / "bench_sidecars.pth").write_text(SIDECAR_COUNTER)
+            (next(venv.glob("lib/python*/site-packages")) / "bench_sidecars.pth").write_text(
+                SIDECAR_COUNTER
+            )
         self.pyz = self.scratch / "mflocal.pyz"
-        run([sys.executable, str(REPO / "build.py"), "--output", str(self.pyz)], dict(os.environ), REPO)
+        run(
+            [sys.executable, str(REPO / "build.py"), "--output", str(self.pyz)],
+            dict(os.environ),
+            REPO,
+        )
         self.ours = Mflocal([str(self.our_venv / "bin/mflocal")], self.work / "home-ours")
-        self.peer = Peer([str(self.peer_venv / "bin/metaflow-local-service")], self.work / "home-peer")
+        self.peer = Peer(
+            [str(self.peer_venv / "bin/metaflow-local-service")], self.work / "home-peer"
+        )
 
     def _venv(self, path: Path, packages: list[str]) -> None:
         done = path / "installed"
@@ -553,8 +593,18 @@ class Bench:
             done.touch()
 
     def _pip(self, venv: Path, words: list[str]) -> None:
-        command = [str(venv / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        command = [
+            str(venv / "bin/python"),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            *words,
+        ]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        )
         if done.returncode:
             raise SystemExit(done.stdout.decode())
 
@@ -572,7 +622,9 @@ class Bench:
         for number in range(self.rounds):
             for subject in self.subjects(number):
                 cold.add(subject.name, self._cold(subject.program, subject))
-            first.add("mflocal", self._cold([self.python, str(self.pyz)], self.ours, self.folder("home")))
+            first.add(
+                "mflocal", self._cold([self.python, str(self.pyz)], self.ours, self.folder("home"))
+            )
             later.add("mflocal", self._cold([self.python, str(self.pyz)], self.ours))
             cold.add("floor", run([self.python, "-c", "pass"], self.ours.env, self.work) * 1000)
         self._warm_starts()
@@ -585,7 +637,9 @@ class Bench:
         command = [*program, *subject.run_command(root, "true")[len(subject.program) :]]
         seconds = run(command, env, root)
         until = time.monotonic() + 10
-        while time.monotonic() < until:  # the daemon may still be starting, which is no use of `run`'s time
+        while (
+            time.monotonic() < until
+        ):  # the daemon may still be starting, which is no use of `run`'s time
             try:
                 ask(subject.state()["port"], "GET", "/ping")
                 break
@@ -606,9 +660,13 @@ class Bench:
         run([*pyz, "url", "--root", str(root)], self.ours.env, root)
         for number in range(self.rounds * 4):
             for subject in self.subjects(number):
-                plain.add(subject.name, run(subject.run_command(root, "true"), subject.env, root) * 1000)
+                plain.add(
+                    subject.name, run(subject.run_command(root, "true"), subject.env, root) * 1000
+                )
                 url.add(subject.name, run([*subject.program, "url"], subject.env, root) * 1000)
-                status.add(subject.name, run([*subject.program, "status"], subject.env, root) * 1000)
+                status.add(
+                    subject.name, run([*subject.program, "status"], subject.env, root) * 1000
+                )
             command = [*pyz, *self.ours.run_command(root, "true")[1:]]
             archive.add("mflocal", run(command, self.ours.env, root) * 1000)
             floor = run([self.python, "-c", "pass"], self.ours.env, root) * 1000
@@ -636,7 +694,9 @@ class Bench:
         for subject in self.subjects(0):
             subject.stop()
 
-    def _case(self, case: Case, name: str, connections: int, contexts: dict[str, Context], echo: int) -> None:
+    def _case(
+        self, case: Case, name: str, connections: int, contexts: dict[str, Context], echo: int
+    ) -> None:
         self.say(name)
         target, limit = case.targets.get(connections, ("", 0.0))
         row = self.row("requests", name, "req/s", "more", target, limit)
@@ -648,10 +708,14 @@ class Bench:
                 context = contexts[subject.name]
                 done = load(subject.port, connections, case.make(context, count + warm), warm)
                 if done.failures:
-                    raise SystemExit(f"{subject.name}: {name}: {done.failures} failures, {done.failure}")
+                    raise SystemExit(
+                        f"{subject.name}: {name}: {done.failures} failures, {done.failure}"
+                    )
                 row.add(subject.name, done.rate)
                 seen.setdefault(subject.name, []).append(done)
-            seconds = 1 / load(echo, connections, [request("GET", "/ping")] * (count + warm), warm).rate
+            seconds = (
+                1 / load(echo, connections, [request("GET", "/ping")] * (count + warm), warm).rate
+            )
             if case.files:
                 seconds += 1 / write_files(self.work, case.files, case.folders, max(count // 4, 20))
             row.add("floor", 1 / seconds)
@@ -684,10 +748,14 @@ class Bench:
         self.say(f"making {count} runs and {count} tasks")
         root = self._tree(count)
         runs = "/api/flows/ManyRuns/runs"
-        first = self.row("scale", f"newest 30 of {count:,} runs, first after start", "ms", "less", "abs", 2000.0)
+        first = self.row(
+            "scale", f"newest 30 of {count:,} runs, first after start", "ms", "less", "abs", 2000.0
+        )
         warm = self.row("scale", f"newest 30 of {count:,} runs, warm", "ms", "less", "abs", 20.0)
         idle = self.row("scale", "resident memory, idle", "MB", "less", "abs", 40.0)
-        after = self.row("scale", f"resident memory, {count:,} runs listed", "MB", "less", "abs", 120.0)
+        after = self.row(
+            "scale", f"resident memory, {count:,} runs listed", "MB", "less", "abs", 120.0
+        )
         listing = self.row("scale", f"all {count:,} runs for the client, warm", "ms", "less")
         for subject in self._scale_rounds():
             subject.start(root)
@@ -727,16 +795,32 @@ class Bench:
     def _scale_tasks(self, root: Path, count: int) -> None:
         """The run page: the UI follows links.next through pages of 1,000 rows."""
         limit = 500.0 if count == 10_000 else 50.0
-        first = self.row("scale", f"all {count:,} task rows of a run for the UI, first after start", "ms", "less")
-        row = self.row("scale", f"all {count:,} task rows of a run for the UI, warm", "ms", "less", "abs", limit)
+        first = self.row(
+            "scale", f"all {count:,} task rows of a run for the UI, first after start", "ms", "less"
+        )
+        row = self.row(
+            "scale",
+            f"all {count:,} task rows of a run for the UI, warm",
+            "ms",
+            "less",
+            "abs",
+            limit,
+        )
         wide = sorted(name for name in os.listdir(root / ".metaflow/WideRun") if name.isdigit())[-1]
-        path = f"/api/flows/WideRun/runs/{wide}/tasks?_order=%2Bts_epoch&_limit=1000&postprocess=false"
+        path = (
+            f"/api/flows/WideRun/runs/{wide}/tasks?_order=%2Bts_epoch&_limit=1000&postprocess=false"
+        )
         for subject in self._scale_rounds():
             subject.start(root)
-            pages = count // 1000 + 1 if subject is self.ours else 1  # the peer gives all rows as one page
+            pages = (
+                count // 1000 + 1 if subject is self.ours else 1
+            )  # the peer gives all rows as one page
             for place in (first, row, row, row):
                 try:
-                    seconds = [ask(subject.port, "GET", f"{path}&_page={n}")[0] for n in range(1, pages + 1)]
+                    seconds = [
+                        ask(subject.port, "GET", f"{path}&_page={n}")[0]
+                        for n in range(1, pages + 1)
+                    ]
                     place.add(subject.name, sum(seconds) * 1000)
                 except OSError:
                     place.notes[subject.name] = f"> {PATIENCE:g} s"
@@ -745,7 +829,14 @@ class Bench:
 
     def _scale_beats(self, root: Path, count: int) -> None:
         """Heartbeats of one client while another asks for a list that nobody has asked for since the start."""
-        row = self.row("scale", f"heartbeat p99 during a cold list of {count:,} runs", "ms", "less", "abs", 50.0)
+        row = self.row(
+            "scale",
+            f"heartbeat p99 during a cold list of {count:,} runs",
+            "ms",
+            "less",
+            "abs",
+            50.0,
+        )
         for subject in self._scale_rounds():
             subject.start(root)
             beats = sorted(self._beats(subject))
@@ -755,7 +846,9 @@ class Bench:
 
     def _beats(self, subject: Subject) -> list[float]:
         """Seconds of each heartbeat from just before the list is asked for until it has come."""
-        wide = sorted(name for name in os.listdir(subject.root / ".metaflow/WideRun") if name.isdigit())[-1]
+        wide = sorted(
+            name for name in os.listdir(subject.root / ".metaflow/WideRun") if name.isdigit()
+        )[-1]
         beat = request("POST", f"/flows/WideRun/runs/{wide}/heartbeat", {})
         done = threading.Event()
 
@@ -783,7 +876,10 @@ class Bench:
 
     def bench_flows(self) -> None:
         """Whole flows: plain local mode, `mflocal run`, the peer. The daemons run already."""
-        plans = [("linear flow of 3 steps", 0, 4, 1.03), ("30-wide foreach, 4 workers", 30, 4, 1.05)]
+        plans = [
+            ("linear flow of 3 steps", 0, 4, 1.03),
+            ("30-wide foreach, 4 workers", 30, 4, 1.05),
+        ]
         if self.options.wide:
             plans.append(("300-wide foreach, 16 workers", 300, 16, 0.0))
         for what, width, workers, limit in plans:
@@ -792,9 +888,18 @@ class Bench:
                 width=width, foreach=', foreach="items"' if width else "", after="join" if width else "end",
                 join=JOIN if width else "",
             )  # fmt: skip
-            rounds = 2 if width >= 300 else self.rounds if width else 5 * self.rounds  # a short one is more at the mercy of noise
-            least = self.row("flows", "the least for it: a bare wrapper, a server that only says yes", "s", "less")
-            roots = {name: self.folder(f"flow-{name}") for name in ("local", "mflocal", "peer", "floor")}
+            rounds = (
+                2 if width >= 300 else self.rounds if width else 5 * self.rounds
+            )  # a short one is more at the mercy of noise
+            least = self.row(
+                "flows",
+                "the least for it: a bare wrapper, a server that only says yes",
+                "s",
+                "less",
+            )
+            roots = {
+                name: self.folder(f"flow-{name}") for name in ("local", "mflocal", "peer", "floor")
+            }
             for root in roots.values():
                 (root / "flow.py").write_text(code)
             self.ours.start(roots["mflocal"])
@@ -804,7 +909,9 @@ class Bench:
                     names = list(roots) if number % 2 == 0 else list(roots)[::-1]
                     for name in names:
                         seconds, sidecars = self._flow(name, roots[name], workers, port)
-                        (least if name == "floor" else row).add(name, seconds, f", {sidecars} sidecars")
+                        (least if name == "floor" else row).add(
+                            name, seconds, f", {sidecars} sidecars"
+                        )
                         self.say(f"{what}: {name} {seconds:.2f} s, {sidecars} sidecars")
             low, local = least.median("floor"), row.median("local")
             least.notes["floor"] += f", {low / local:.3f} × local" if low and local else ""
@@ -826,12 +933,20 @@ class Bench:
         ]
         more = {"BENCH_SIDECARS": str(counter)}
         if name == "local":
-            seconds = run(command, clean_env(self.work / "home-local", METAFLOW_DEFAULT_METADATA="local", **more), root)
+            seconds = run(
+                command,
+                clean_env(self.work / "home-local", METAFLOW_DEFAULT_METADATA="local", **more),
+                root,
+            )
         elif name == "floor":
-            more.update(METAFLOW_DEFAULT_METADATA="service", METAFLOW_SERVICE_URL=f"http://127.0.0.1:{yes}")
+            more.update(
+                METAFLOW_DEFAULT_METADATA="service", METAFLOW_SERVICE_URL=f"http://127.0.0.1:{yes}"
+            )
             more.update(METAFLOW_ENABLED_SIDECAR="", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
             seconds = run(
-                [self.python, "-c", BARE_WRAPPER, *command], clean_env(self.work / "home-floor", **more), root
+                [self.python, "-c", BARE_WRAPPER, *command],
+                clean_env(self.work / "home-floor", **more),
+                root,
             )
         else:
             subject: Subject = self.ours if name == "mflocal" else self.peer
@@ -844,14 +959,23 @@ class Bench:
         """What is installed."""
         row = self.row("size", "size of what is installed", "KB", "less", "abs", 200.0)
         row.add("mflocal", self.pyz.stat().st_size / 1000)
-        files = [path for path in self.peer_venv.rglob("*") if path.is_file() and not path.is_symlink()]
+        files = [
+            path for path in self.peer_venv.rglob("*") if path.is_file() and not path.is_symlink()
+        ]
         packages = len(list(self.peer_venv.glob("lib/python*/site-packages/*.dist-info")))
-        row.add("peer", sum(path.stat().st_size for path in files) / 1000, f" ({packages} packages)")
+        row.add(
+            "peer", sum(path.stat().st_size for path in files) / 1000, f" ({packages} packages)"
+        )
 
     # -- all of it
 
     def _asked(self, group: str) -> bool:
-        return group != "flows" or self.options.flows or self.options.wide or self.options.only == "flows"
+        return (
+            group != "flows"
+            or self.options.flows
+            or self.options.wide
+            or self.options.only == "flows"
+        )
 
     def report(self) -> str:
         """The table."""
@@ -879,7 +1003,10 @@ class Bench:
             shutil.rmtree(self.work, ignore_errors=True)
             print(self.report())
         if self.options.json:
-            rows = [{"what": r.what, "unit": r.unit, "figures": r.figures, "notes": r.notes} for r in self.rows]
+            rows = [
+                {"what": r.what, "unit": r.unit, "figures": r.figures, "notes": r.notes}
+                for r in self.rows
+            ]
             Path(self.options.json).write_text(json.dumps(rows, indent=1))
 
 
@@ -899,7 +1026,10 @@ class Context:
         body = {"user_name": "tester", "tags": ["a"], "system_tags": ["user:tester", "runtime:dev"]}
         self.body = body
         ask(port, "POST", "/flows/BenchFlow", body)
-        self.base, self.long = (self._run(), self._run())  # the second gets thousands of steps, as no real one has
+        self.base, self.long = (
+            self._run(),
+            self._run(),
+        )  # the second gets thousands of steps, as no real one has
         ask(port, "POST", f"{self.base}/steps/work/step", body)
         self.task = self.tasks(1)[0]
 
@@ -936,12 +1066,17 @@ class Case(NamedTuple):
     connections: tuple[int, ...] = (1, 16)
 
 
-def _same(method: str, path: Callable[[Context], str], body: Any = None) -> Callable[[Context, int], list[bytes]]:
+def _same(
+    method: str, path: Callable[[Context], str], body: Any = None
+) -> Callable[[Context, int], list[bytes]]:
     return lambda context, count: [request(method, path(context), body)] * count
 
 
 def _post_step(context: Context, count: int) -> list[bytes]:
-    return [request("POST", f"{context.long}/steps/s{context.next()}/step", context.body) for _ in range(count)]
+    return [
+        request("POST", f"{context.long}/steps/s{context.next()}/step", context.body)
+        for _ in range(count)
+    ]
 
 
 def _post_task(context: Context, count: int) -> list[bytes]:
@@ -1021,17 +1156,23 @@ def _metaflow_dir(root: Path) -> str:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measures mflocal beside metaflow-local-service 0.2.0.")
+    parser = argparse.ArgumentParser(
+        description="Measures mflocal beside metaflow-local-service 0.2.0."
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller trees")
     parser.add_argument(
-        "--only", metavar="NAME", help=f"one of {', '.join(GROUPS)}, or requests by a part of their name"
+        "--only",
+        metavar="NAME",
+        help=f"one of {', '.join(GROUPS)}, or requests by a part of their name",
     )
     parser.add_argument("--rounds", type=int, default=0, help="rounds per row (default 5, quick 2)")
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--flows", action="store_true", help="real flows too")
     parser.add_argument("--wide", action="store_true", help="and a foreach 300 wide")
     default = Path(tempfile.gettempdir()) / f"mflocal-bench-{os.getuid()}"
-    parser.add_argument("--scratch", type=Path, metavar="DIR", default=default, help=f"default {default}")
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", default=default, help=f"default {default}"
+    )
     return parser.parse_args(words)
 
 

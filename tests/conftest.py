@@ -41,9 +41,13 @@ class Client:
         self.url = url
         self.root = root
 
-    def __call__(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+    def __call__(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> Answer:
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, method=method, headers=headers or {})
+        request = urllib.request.Request(
+            self.url + path, data=data, method=method, headers=headers or {}
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
                 return _answer(response.status, response.read(), response.headers)
@@ -79,7 +83,11 @@ def clean_env(**extra: str) -> dict[str, str]:
 
 
 # As an installed mflocal runs, with its bytecode cached: `python mflocal.py` would compile 12,000 lines each time.
-COMMAND = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r}); import mflocal; mflocal.console()"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    f"import sys; sys.path.insert(0, {str(REPO)!r}); import mflocal; mflocal.console()",
+]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0, pause: float = 0.02) -> Any:
@@ -93,7 +101,9 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0, pause: float =
         time.sleep(pause)
 
 
-def mflocal(*args: str, cwd: Path, check: bool = False, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def mflocal(
+    *args: str, cwd: Path, check: bool = False, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
     """Runs the command line of the checkout to its end; text streams are captured."""
     kwargs.setdefault("env", clean_env())
     kwargs.setdefault("timeout", 120)
@@ -128,7 +138,9 @@ def make_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
             except (OSError, ValueError):
                 pass
             time.sleep(0.02)
-        raise AssertionError("the service did not start: " + (process.stderr.read() if process.stderr else ""))
+        raise AssertionError(
+            "the service did not start: " + (process.stderr.read() if process.stderr else "")
+        )
 
     yield make
     for process in started:

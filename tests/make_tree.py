@@ -23,8 +23,18 @@ Record = dict[str, Any]
 USER = "tester"
 METAFLOW = "2.19.39"
 PYTHON = "3.13.0"
-RUN_TAGS = [f"user:{USER}", f"metaflow_version:{METAFLOW}", f"python_version:{PYTHON}", "runtime:dev"]
-ARTIFACT_TAGS = [f"metaflow_version:{METAFLOW}", f"python_version:{PYTHON}", "runtime:dev", f"user:{USER}"]
+RUN_TAGS = [
+    f"user:{USER}",
+    f"metaflow_version:{METAFLOW}",
+    f"python_version:{PYTHON}",
+    "runtime:dev",
+]
+ARTIFACT_TAGS = [
+    f"metaflow_version:{METAFLOW}",
+    f"python_version:{PYTHON}",
+    "runtime:dev",
+    f"user:{USER}",
+]
 SHA = "868436778cb011a1c6230bc12534683ab0b7f1c3"
 SPACING = 60_000  # ms between two runs
 # What a task with a foreach above it keeps beside its own artifacts.
@@ -65,7 +75,14 @@ def _write(path: str, record: Record) -> None:
 def _object(path: str, ids: Record, flow: str, at: int, tags: Sequence[str] = ()) -> None:
     os.mkdir(path)
     os.mkdir(f"{path}/_meta")
-    record = {**ids, "flow_id": flow, "user_name": USER, "tags": list(tags), "system_tags": RUN_TAGS, "ts_epoch": at}
+    record = {
+        **ids,
+        "flow_id": flow,
+        "user_name": USER,
+        "tags": list(tags),
+        "system_tags": RUN_TAGS,
+        "ts_epoch": at,
+    }
     _write(f"{path}/_meta/_self.json", record)
 
 
@@ -74,7 +91,9 @@ def make_flow(metaflow_dir: str, flow: str, at: int | None = None) -> str:
     path = f"{metaflow_dir}/{flow}"
     if not os.path.isdir(path):
         os.makedirs(f"{path}/_meta")
-        _write(f"{path}/_meta/_self.json", {"flow_id": flow, "ts_epoch": _now() if at is None else at})
+        _write(
+            f"{path}/_meta/_self.json", {"flow_id": flow, "ts_epoch": _now() if at is None else at}
+        )
     return path
 
 
@@ -138,7 +157,12 @@ def make_task(place: Place, *, split: int = -1, finished: bool = True, full: boo
 
 
 def _about(step: str) -> Iterator[tuple[str, str]]:
-    fields = ("metaflow_version", METAFLOW), ("python_version", PYTHON), ("runtime", "dev"), ("user", USER)
+    fields = (
+        ("metaflow_version", METAFLOW),
+        ("python_version", PYTHON),
+        ("runtime", "dev"),
+        ("user", USER),
+    )
     yield from (*fields, ("script-name", f"{step}.py"))
 
 
@@ -155,7 +179,12 @@ def make_parameters(metaflow_dir: str, flow: str, run: str, at: int) -> None:
 
 
 def make_runs(
-    metaflow_dir: str, count: int, flow: str = "ManyRuns", *, last: int | None = None, full: bool = False
+    metaflow_dir: str,
+    count: int,
+    flow: str = "ManyRuns",
+    *,
+    last: int | None = None,
+    full: bool = False,
 ) -> list[str]:
     """Completed runs of one flow with the steps start and end, a minute apart; the newest began at `last` (ms)."""
     last = _now() - 10_000 if last is None else last
@@ -182,7 +211,12 @@ def make_flows(metaflow_dir: str, count: int, *, full: bool = False) -> list[str
 
 
 def make_foreach(
-    metaflow_dir: str, tasks: int, flow: str = "WideRun", *, finished: bool = True, full: bool = False
+    metaflow_dir: str,
+    tasks: int,
+    flow: str = "WideRun",
+    *,
+    finished: bool = True,
+    full: bool = False,
 ) -> str:
     """One run with `tasks` tasks in its step `work`; returns its id. If not `finished` the tasks are at work."""
     at = _now() - 60_000 - tasks * 3
@@ -216,11 +250,15 @@ def _now() -> int:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Makes trees of .metaflow as local mode writes them.")
+    parser = argparse.ArgumentParser(
+        description="Makes trees of .metaflow as local mode writes them."
+    )
     parser.add_argument("root", help="the directory that contains .metaflow, or will")
     parser.add_argument("what", choices=("flows", "runs", "tasks", "artifacts"))
     parser.add_argument("count", type=int)
-    parser.add_argument("--full", action="store_true", help="all records of every task, as of a real flow")
+    parser.add_argument(
+        "--full", action="store_true", help="all records of every task, as of a real flow"
+    )
     arguments = parser.parse_args()
     metaflow_dir = os.path.join(os.path.realpath(arguments.root), ".metaflow")
     os.makedirs(metaflow_dir, exist_ok=True)
@@ -233,7 +271,9 @@ def main() -> None:
         make_foreach(metaflow_dir, arguments.count, full=arguments.full)
     else:
         make_artifacts(metaflow_dir, arguments.count)
-    print(f"{arguments.count} {arguments.what} in {metaflow_dir}, {time.perf_counter() - began:.1f} s")
+    print(
+        f"{arguments.count} {arguments.what} in {metaflow_dir}, {time.perf_counter() - began:.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -31,10 +31,16 @@ def metaflow_env(root: Path, url: str | None = None) -> dict[str, str]:
     """The environment of a client: local mode on `root`, or the service at `url` with artifacts in `root`."""
     env = {"METAFLOW_DATASTORE_SYSROOT_LOCAL": str(root), "METAFLOW_DEFAULT_METADATA": "local"}
     if url:
-        env.update(METAFLOW_DEFAULT_METADATA="service", METAFLOW_SERVICE_URL=url, METAFLOW_ENABLED_SIDECAR="")
+        env.update(
+            METAFLOW_DEFAULT_METADATA="service",
+            METAFLOW_SERVICE_URL=url,
+            METAFLOW_ENABLED_SIDECAR="",
+        )
     home = root / "home"
     home.mkdir(exist_ok=True)
-    return clean_env(HOME=str(home), METAFLOW_HOME=str(home), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1", **env)
+    return clean_env(
+        HOME=str(home), METAFLOW_HOME=str(home), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1", **env
+    )
 
 
 def script(code: str, root: Path, url: str | None = None, *args: str) -> Any:
@@ -69,7 +75,10 @@ def flow_root(base: Path, make_service: Callable[..., Client]) -> dict[str, str]
             root = shared / "meta_flow"
             root.mkdir()
             service = make_service(root)
-            flows = {"local": _run_flow(root, None, "local"), "http": _run_flow(root, service.url, "http")}
+            flows = {
+                "local": _run_flow(root, None, "local"),
+                "http": _run_flow(root, service.url, "http"),
+            }
             told = {"root": str(root)}
             for name, process in flows.items():
                 assert process.wait(180) == 0, (root / f"{name}.log").read_text()

@@ -33,7 +33,9 @@ def client_of(root: Path) -> Client:
 
 def flow_env(**extra: str) -> dict[str, str]:
     """The environment of a flow: @parallel and @card start further processes as `python`, which must be this one."""
-    return clean_env(**{"PATH": os.pathsep.join([str(Path(PYTHON).parent), os.environ["PATH"]]), **extra})
+    return clean_env(
+        **{"PATH": os.pathsep.join([str(Path(PYTHON).parent), os.environ["PATH"]]), **extra}
+    )
 
 
 def running(pid: int) -> bool:
@@ -54,7 +56,14 @@ def flow_file(project: Path, name: str) -> Path:
 class Started:
     """A command under `mflocal run` in a process group of its own; everything in it is ended by `end`."""
 
-    def __init__(self, project: Path, *command: str, options: tuple[str, ...] = (), name: str = "", **env: str) -> None:
+    def __init__(
+        self,
+        project: Path,
+        *command: str,
+        options: tuple[str, ...] = (),
+        name: str = "",
+        **env: str,
+    ) -> None:
         self.project = project
         self.notes = project / ("notes" + name)
         self.notes.mkdir(exist_ok=True)
@@ -81,7 +90,11 @@ class Started:
     def note(self, name: str) -> tuple[int, int, str]:
         """(pid, pid of the parent, text) that the flow has noted; waits for it."""
         path = self.notes / name
-        wait_for(lambda: path.exists() or self.process.poll() is not None and not running(self.process.pid))
+        wait_for(
+            lambda: (
+                path.exists() or self.process.poll() is not None and not running(self.process.pid)
+            )
+        )
         assert path.exists(), self.output
         pid, parent, text = path.read_text().split(" ", 2)
         return int(pid), int(parent), text
@@ -122,7 +135,10 @@ class Seen:
         self.by_filter = [
             status
             for status in ("running", "completed", "failed")
-            if any(str(r["run_number"]) == run for r in client.get(f"/flows/{flow}/runs?status={status}"))
+            if any(
+                str(r["run_number"]) == run
+                for r in client.get(f"/flows/{flow}/runs?status={status}")
+            )
         ]
         self.run_row = client.get(f"/api/flows/{flow}/runs/{run}")["data"]
         self.rows = {
@@ -135,7 +151,11 @@ class Seen:
     def run(self) -> str:
         """The status of the run; both ways of asking, shortly after each other, must agree."""
         words = {*self.by_filter, self.run_row["status"]}
-        return words.pop() if len(words) == 1 and self.by_filter else f"{self.by_filter} or {self.run_row['status']}"
+        return (
+            words.pop()
+            if len(words) == 1 and self.by_filter
+            else f"{self.by_filter} or {self.run_row['status']}"
+        )
 
     def task(self, step: str = "start", attempt: int = 0) -> str:
         """The status of an attempt of the only task of a step, `none` where there is no such row."""
@@ -149,7 +169,9 @@ def see(client: Client, text: str) -> Seen:
     return Seen(client, flow, run)
 
 
-def soon(client: Client, text: str, condition: Callable[[Seen], bool], since: float, limit: float = SOON) -> Seen:
+def soon(
+    client: Client, text: str, condition: Callable[[Seen], bool], since: float, limit: float = SOON
+) -> Seen:
     """Waits until a run looks like that, at most `limit` s after the moment `since` (time.monotonic())."""
     while True:
         asked = time.monotonic()
@@ -189,8 +211,14 @@ class Watch:
                     runs = self._rows(f"/api/flows/{flow}/runs")
                     for run in runs:
                         self.statuses.add((f"{flow}/{run['run_number']}", run["status"]))
-                        for row in self._rows(f"/api/flows/{flow}/runs/{run['run_number']}/tasks?_limit=1000"):
-                            name = "{flow_id}/{run_number}/{step_name}/{task_id}/{attempt_id}".format(**row)
+                        for row in self._rows(
+                            f"/api/flows/{flow}/runs/{run['run_number']}/tasks?_limit=1000"
+                        ):
+                            name = (
+                                "{flow_id}/{run_number}/{step_name}/{task_id}/{attempt_id}".format(
+                                    **row
+                                )
+                            )
                             self.statuses.add((name, row["status"]))
                     self.looks += bool(runs)
                 except (OSError, http.client.HTTPException):

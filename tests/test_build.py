@@ -25,7 +25,9 @@ def build(folder: Path, *options: str, umask: int = 0o022) -> Path:
     for path in (REPO / "build.py", MODULE):
         shutil.copyfile(path, folder / path.name)
     command = [sys.executable, "build.py", *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, umask=umask, timeout=300)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, umask=umask, timeout=300
+    )
     if done.returncode and "could not fetch" in done.stderr:
         pytest.skip("shiv is neither installed nor to be had")
     assert done.returncode == 0, done.stderr
@@ -49,7 +51,9 @@ def place(pyz: Path) -> Iterator[Path]:
         run(folder, "stop", "--force")
 
 
-def run(place: Path, *words: str, python: str = sys.executable, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    place: Path, *words: str, python: str = sys.executable, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
     kwargs.setdefault("env", clean_env(HOME=str(place / "home")))
     kwargs.setdefault("cwd", place / "project")
     command = [python, str(place / "mflocal.pyz"), *words]
@@ -72,7 +76,9 @@ def test_size_contents_and_shebang(pyz: Path) -> None:
     assert data.startswith(b"#!/usr/bin/env python3\n")
     assert os.access(pyz, os.X_OK)
     files = contents(pyz)
-    assert {name for name in files if name.startswith("site-packages/")} == {"site-packages/mflocal.py"}
+    assert {name for name in files if name.startswith("site-packages/")} == {
+        "site-packages/mflocal.py"
+    }
     assert files["site-packages/mflocal.py"] == MODULE.read_bytes().replace(b"\r\n", b"\n")
     assert str(REPO).encode() not in b"".join(files.values())
 
@@ -81,7 +87,9 @@ def test_the_committed_file_is_of_today() -> None:
     if not COMMITTED.exists() and not (REPO / ".git").exists():
         pytest.skip("not a checkout")
     files = contents(COMMITTED)
-    assert files["site-packages/mflocal.py"] == MODULE.read_bytes().replace(b"\r\n", b"\n"), "run build.py"
+    assert files["site-packages/mflocal.py"] == MODULE.read_bytes().replace(b"\r\n", b"\n"), (
+        "run build.py"
+    )
     assert files["__main__.py"].split(b"FILES = ")[0].count(b"BUILD = ") == 1
     template = (REPO / "build.py").read_text().split("LAUNCHER = '''\\\n")[1].split("'''\n")[0]
     body = files["__main__.py"].decode().split("TOP = ")[1]
@@ -92,13 +100,30 @@ def test_the_committed_file_is_of_today() -> None:
 def test_it_runs_and_leaves_no_trace_in_the_environment(place: Path) -> None:
     env = clean_env(HOME=str(place / "home"))
     (place / "home").mkdir()
-    done = run(place, "run", sys.executable, "-c", "import os, json; print(json.dumps(dict(os.environ)))", env=env)
+    done = run(
+        place,
+        "run",
+        sys.executable,
+        "-c",
+        "import os, json; print(json.dumps(dict(os.environ)))",
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    added = {key for key in told if told[key] != env.get(key)} - {"PWD", "OLDPWD", "_", "SHLVL", "LC_CTYPE"}
+    added = {key for key in told if told[key] != env.get(key)} - {
+        "PWD",
+        "OLDPWD",
+        "_",
+        "SHLVL",
+        "LC_CTYPE",
+    }
     assert {key for key in added if not key.startswith("METAFLOW_")} == {"NO_PROXY", "no_proxy"}
-    cached = [str(p.relative_to(place / "home")) for p in (place / "home").rglob("*") if p.is_file()]
-    assert cached and all(re.match(r"\.cache/mflocal/mflocal-[0-9a-f]{16}/", name) for name in cached)
+    cached = [
+        str(p.relative_to(place / "home")) for p in (place / "home").rglob("*") if p.is_file()
+    ]
+    assert cached and all(
+        re.match(r"\.cache/mflocal/mflocal-[0-9a-f]{16}/", name) for name in cached
+    )
     assert any(name.endswith(".pyc") for name in cached)
     assert (place / "home/.cache/mflocal").stat().st_mode & 0o777 == 0o700
     again = run(place, "run", "-q", "true", env=env)
@@ -142,15 +167,26 @@ def test_nothing_writable_anywhere(place: Path) -> None:
         "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     files = contents(place / "mflocal.pyz")
-    files["__main__.py"] = re.sub(rb'BUILD = "\w+"', b'BUILD = "%s"' % os.urandom(8).hex().encode(), files["__main__.py"])
+    files["__main__.py"] = re.sub(
+        rb'BUILD = "\w+"', b'BUILD = "%s"' % os.urandom(8).hex().encode(), files["__main__.py"]
+    )
     with zipfile.ZipFile(place / "mflocal.pyz", "w") as archive:
         for name, data in files.items():
             archive.writestr(name, data)
     env = clean_env(HOME=str(place / "home"))
     command = [sys.executable, "-c", code, str(place / "mflocal.pyz")]
-    for word, text in (("start", "mflocal started"), ("url", "http://"), ("stop", "mflocal stopped")):
+    for word, text in (
+        ("start", "mflocal started"),
+        ("url", "http://"),
+        ("stop", "mflocal stopped"),
+    ):
         done = subprocess.run(
-            [*command, word], cwd=place / "project", env=env, capture_output=True, text=True, timeout=60
+            [*command, word],
+            cwd=place / "project",
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0 and text in done.stdout, done.stderr
 
@@ -161,7 +197,9 @@ def test_first_starts_at_once(place: Path) -> None:
     command = [sys.executable, str(place / "mflocal.pyz"), "start"]
     pipe = subprocess.PIPE
     starts = [
-        subprocess.Popen(command, cwd=place / "project", env=env, stdout=pipe, stderr=pipe, text=True)
+        subprocess.Popen(
+            command, cwd=place / "project", env=env, stdout=pipe, stderr=pipe, text=True
+        )
         for _ in range(8)
     ]
     outs = [process.communicate(timeout=120) for process in starts]
@@ -202,7 +240,17 @@ def test_another_user_and_a_read_only_folder(place: Path) -> None:
         os.chown(project, 65534, 65534)
         place.chmod(0o555)
         env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-        done = run(place, "run", "-q", "/bin/echo", "hello", python=python, cwd=project, env=env, user=65534)
+        done = run(
+            place,
+            "run",
+            "-q",
+            "/bin/echo",
+            "hello",
+            python=python,
+            cwd=project,
+            env=env,
+            user=65534,
+        )
         assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
         assert run(place, "stop", python=python, cwd=project, env=env, user=65534).returncode == 0
     finally:
@@ -228,7 +276,9 @@ def test_a_ui_inside(tmp_path: Path, form: str) -> None:
     (ui / "static/js/main.0a1b2c3d.js.map").write_text("x" * 1000)
     source = ui
     if form != "folder":
-        source = Path(shutil.make_archive(str(tmp_path / "bundle"), "zip", ui if form == "zip" else tmp_path))
+        source = Path(
+            shutil.make_archive(str(tmp_path / "bundle"), "zip", ui if form == "zip" else tmp_path)
+        )
     pyz = build(tmp_path / "b", "--ui", str(source))
     files = contents(pyz)
     (tmp_path / "inner.zip").write_bytes(files["site-packages/mflocal_ui.zip"])

@@ -32,8 +32,12 @@ def state_of(root: Path) -> dict[str, Any]:
     return json.loads((root / ".metaflow" / ".mflocal" / "daemon.json").read_text())  # type: ignore[no-any-return]
 
 
-def popen(*args: str, cwd: Path, env: dict[str, str] | None = None, **kwargs: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([PYTHON, str(MODULE), *args], cwd=cwd, env=env or clean_env(), text=True, **kwargs)
+def popen(
+    *args: str, cwd: Path, env: dict[str, str] | None = None, **kwargs: Any
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [PYTHON, str(MODULE), *args], cwd=cwd, env=env or clean_env(), text=True, **kwargs
+    )
 
 
 def start(root: Path, *options: str, **env: str) -> Client:
@@ -66,9 +70,13 @@ def daemons_of(root: Path) -> list[int]:
 
 def begin_run(client: Client) -> http.client.HTTPConnection:
     """An unfinished run, alive as long as the connection is open."""
-    connection = http.client.HTTPConnection("127.0.0.1", int(client.url.rpartition(":")[2]), timeout=10)
+    connection = http.client.HTTPConnection(
+        "127.0.0.1", int(client.url.rpartition(":")[2]), timeout=10
+    )
     for path in ("/flows/F", "/flows/F/run"):
-        connection.request("POST", path, json.dumps({"user_name": "u", "tags": [], "system_tags": []}))
+        connection.request(
+            "POST", path, json.dumps({"user_name": "u", "tags": [], "system_tags": []})
+        )
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
         answer.read()
@@ -92,7 +100,10 @@ def test_the_life_of_a_daemon(project: Path) -> None:
     for text in (f"pid {state['pid']}", url, str(project), f"export METAFLOW_SERVICE_URL={url}\n"):
         assert text in first.stdout
     assert "export METAFLOW_DEFAULT_METADATA=service\n" in first.stdout
-    assert f"docker run -p 3000:3000 -e METAFLOW_SERVICE={url}/api netflix/metaflow-ui:latest" in first.stdout
+    assert (
+        f"docker run -p 3000:3000 -e METAFLOW_SERVICE={url}/api netflix/metaflow-ui:latest"
+        in first.stdout
+    )
     again = mflocal("start", cwd=project, check=True)
     assert "runs already" in again.stdout and f"pid {state['pid']}" in again.stdout
 
@@ -103,7 +114,9 @@ def test_the_life_of_a_daemon(project: Path) -> None:
     assert told["url"] == url and told["root"] == str(project) and told["active_runs"] == []
     assert 295 < told["idle_left"] <= 300 and 0 <= told["uptime"] < 60 and told["version"]
     text = mflocal("status", cwd=project, check=True).stdout
-    assert re.search(rf"^pid +{state['pid']}$", text, re.M) and re.search(r"^idle stop +in \d+ s$", text, re.M)
+    assert re.search(rf"^pid +{state['pid']}$", text, re.M) and re.search(
+        r"^idle stop +in \d+ s$", text, re.M
+    )
     assert "serves" in mflocal("logs", cwd=project, check=True).stdout
 
     stopped = mflocal("stop", cwd=project, check=True)
@@ -126,7 +139,9 @@ def test_env_can_be_evaluated(project: Path) -> None:
     script = f'eval "$({PYTHON} {MODULE} env --root "$PWD/it\'s")"; env'
     (project / "it's").mkdir()
     env = clean_env(NO_PROXY="corp.example", no_proxy="10.0.0.1,corp.example")
-    out = subprocess.run(["sh", "-c", script], cwd=project, env=env, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        ["sh", "-c", script], cwd=project, env=env, capture_output=True, text=True, check=True
+    )
     told = dict(line.split("=", 1) for line in out.stdout.splitlines() if "=" in line)
     root = project / "it's"
     try:
@@ -143,7 +158,10 @@ def test_env_can_be_evaluated(project: Path) -> None:
 
 @pytest.mark.core
 def test_twenty_starts_make_one_daemon(project: Path) -> None:
-    starts = [popen("start", cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(20)]
+    starts = [
+        popen("start", cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(20)
+    ]
     outs = [process.communicate(timeout=120) for process in starts]
     assert [process.returncode for process in starts] == [0] * 20, outs
     told = {re.search(r"pid (\d+), (\S+),", out).groups() for out, _ in outs}  # type: ignore[union-attr]
@@ -185,12 +203,20 @@ def test_a_taken_port_is_one_line(project: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         for command in (["start"], ["serve"], ["run"]):
-            done = mflocal(*command, "--port", str(port), *(["true"] if command == ["run"] else []), cwd=project)
+            done = mflocal(
+                *command,
+                "--port",
+                str(port),
+                *(["true"] if command == ["run"] else []),
+                cwd=project,
+            )
             assert done.returncode == 3
             assert re.fullmatch(rf"mflocal: port {port} on 127.0.0.1 is taken .*\n", done.stderr)
 
 
-@pytest.mark.parametrize("command", ["run", "start", "status", "stop", "url", "env", "logs", "serve", "ui"])
+@pytest.mark.parametrize(
+    "command", ["run", "start", "status", "stop", "url", "env", "logs", "serve", "ui"]
+)
 def test_a_malformed_variable_is_one_line(project: Path, command: str) -> None:
     env = clean_env(METAFLOW_LOCAL_SERVICE_PORT="eighty")
     done = mflocal(command, *(["true"] if command == "run" else []), cwd=project, env=env)
@@ -199,18 +225,34 @@ def test_a_malformed_variable_is_one_line(project: Path, command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["fly"], ["start", "--prot", "1"], ["start", "--port"], ["stop", "now"], ["run"], ["url", "--json=1"]]
+    "words",
+    [
+        ["fly"],
+        ["start", "--prot", "1"],
+        ["start", "--port"],
+        ["stop", "now"],
+        ["run"],
+        ["url", "--json=1"],
+    ],
 )
 def test_wrong_words_are_one_line(project: Path, words: list[str]) -> None:
     done = mflocal(*words, cwd=project)
-    assert done.returncode == 2 and done.stderr.startswith("mflocal: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("mflocal: ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_help_and_version(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: mflocal COMMAND" in mflocal("--help", cwd=project, check=True).stdout
-    assert re.search(r"^mflocal -V, --version ", mflocal("--help", cwd=project, check=True).stdout, re.M)
+    assert re.search(
+        r"^mflocal -V, --version ", mflocal("--help", cwd=project, check=True).stdout, re.M
+    )
     for word in ("--version", "-V"):
-        assert re.fullmatch(r"mflocal \d+\.\d+\.\d+\n", mflocal(word, cwd=project, check=True).stdout)
+        assert re.fullmatch(
+            r"mflocal \d+\.\d+\.\d+\n", mflocal(word, cwd=project, check=True).stdout
+        )
     for name in ("run", "start", "stop", "restart", "status", "url", "env", "logs", "serve", "ui"):
         assert module.main([name, "--help"]) == 0
         assert f"usage: mflocal {name}" in capsys.readouterr().out
@@ -228,7 +270,11 @@ def test_nobody_reads_the_help(project: Path, word: str) -> None:
 def test_other_options_name_restart(project: Path) -> None:
     start(project, "--idle-timeout", "100")
     done = mflocal("start", "--idle-timeout", "50", cwd=project, check=True)
-    assert "--idle-timeout is 100" in done.stderr and "restart" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        "--idle-timeout is 100" in done.stderr
+        and "restart" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     assert mflocal("start", "--idle-timeout", "100", cwd=project, check=True).stderr == ""
     port = state_of(project)["port"]
     mflocal("restart", "--allow-host", "box.example", cwd=project, check=True)
@@ -300,7 +346,9 @@ def test_sighup_is_ignored(project: Path) -> None:
 def test_the_daemon_holds_nobody_elses_pipes(project: Path) -> None:
     """A CI step waits for the end of its pipes: the daemon must not keep them."""
     reader, writer = os.pipe()
-    done = popen("start", cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(writer,))
+    done = popen(
+        "start", cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(writer,)
+    )
     os.close(writer)
     out, _ = done.communicate(timeout=30)
     assert "mflocal started" in out
@@ -328,7 +376,9 @@ def test_client_settings_do_not_reach_the_daemon(project: Path) -> None:
 
 def test_closed_standard_streams(project: Path) -> None:
     script = f"{PYTHON} {MODULE} run -q {PYTHON} -c 'print(1)' <&- 2>&-"
-    done = subprocess.run(["sh", "-c", script], cwd=project, env=clean_env(), stdout=subprocess.PIPE, timeout=60)
+    done = subprocess.run(
+        ["sh", "-c", script], cwd=project, env=clean_env(), stdout=subprocess.PIPE, timeout=60
+    )
     assert (done.returncode, done.stdout) == (0, b"1\n")
 
 
@@ -386,7 +436,11 @@ def test_run_hands_through(project: Path) -> None:
     code = "import sys; print(sys.stdin.read().upper()); sys.stderr.write('err'); sys.exit(7)"
     done = mflocal("run", PYTHON, "-c", code, "--port", "x", cwd=project, input="abc")
     state = state_of(project)
-    line = "mflocal: http://127.0.0.1:%d, root %s, started, pid %d\n" % (state["port"], project, state["pid"])
+    line = "mflocal: http://127.0.0.1:%d, root %s, started, pid %d\n" % (
+        state["port"],
+        project,
+        state["pid"],
+    )
     assert (done.returncode, done.stdout, done.stderr) == (7, "ABC\n", line + "err")
     again = mflocal("run", "true", cwd=project)
     assert again.returncode == 0 and again.stderr == line.replace("started", "reused")
@@ -395,8 +449,14 @@ def test_run_hands_through(project: Path) -> None:
 
 @pytest.mark.core
 def test_exit_codes(project: Path) -> None:
-    assert mflocal("run", "-q", "sh", "-c", "kill -TERM $$", cwd=project).returncode == 128 + signal.SIGTERM
-    assert mflocal("run", "-q", "sh", "-c", "kill -KILL $$", cwd=project).returncode == 128 + signal.SIGKILL
+    assert (
+        mflocal("run", "-q", "sh", "-c", "kill -TERM $$", cwd=project).returncode
+        == 128 + signal.SIGTERM
+    )
+    assert (
+        mflocal("run", "-q", "sh", "-c", "kill -KILL $$", cwd=project).returncode
+        == 128 + signal.SIGKILL
+    )
     missing = mflocal("run", "-q", "no-such-command", cwd=project)
     assert missing.returncode == 127 and "no-such-command" in missing.stderr
     (project / "plain").write_text("text")
@@ -410,7 +470,11 @@ def test_the_environment_of_the_command(project: Path) -> None:
     home = project / "home"
     home.mkdir()
     (home / "config.json").write_text(json.dumps({"METAFLOW_SERVICE_HEADERS": {"x-mine": "1"}}))
-    env = clean_env(METAFLOW_HOME=str(home), METAFLOW_SERVICE_URL="http://prod.example", https_proxy="http://p:1")
+    env = clean_env(
+        METAFLOW_HOME=str(home),
+        METAFLOW_SERVICE_URL="http://prod.example",
+        https_proxy="http://p:1",
+    )
     done = mflocal("run", PYTHON, "-c", code, cwd=project, env=env)
     told = json.loads(done.stdout)
     assert told["METAFLOW_SERVICE_URL"] == "http://127.0.0.1:%d" % state_of(project)["port"]
@@ -419,7 +483,13 @@ def test_the_environment_of_the_command(project: Path) -> None:
     headers = json.loads(told["METAFLOW_SERVICE_HEADERS"])
     assert headers["x-mine"] == "1" and re.fullmatch("[0-9a-f]{16}", headers["x-mflocal-lease"])
     assert told["NO_PROXY"] == told["no_proxy"] == "127.0.0.1,localhost"
-    added = {key for key in told if told[key] != env.get(key)} - {"PWD", "OLDPWD", "_", "SHLVL", "LC_CTYPE"}
+    added = {key for key in told if told[key] != env.get(key)} - {
+        "PWD",
+        "OLDPWD",
+        "_",
+        "SHLVL",
+        "LC_CTYPE",
+    }
     assert added == {
         "METAFLOW_SERVICE_URL", "METAFLOW_DEFAULT_METADATA", "METAFLOW_ENABLED_SIDECAR",
         "METAFLOW_SERVICE_HEADERS", "NO_PROXY", "no_proxy",
@@ -443,7 +513,9 @@ def test_the_environment_of_the_command(project: Path) -> None:
         (["--heartbeats", "auto"], {"PYTHONPATH": "other"}, ""),
     ],
 )
-def test_sidecars(project: Path, options: list[str], env: dict[str, str], expected: str | None) -> None:
+def test_sidecars(
+    project: Path, options: list[str], env: dict[str, str], expected: str | None
+) -> None:
     (project / "ext/metaflow_extensions/org/plugins").mkdir(parents=True)
     (project / "other/metaflow_extensions/org/config").mkdir(parents=True)
     code = "import os, json; print(json.dumps(os.environ.get('METAFLOW_ENABLED_SIDECAR')))"
@@ -462,7 +534,10 @@ def test_explicit_root_moves_everything(project: Path) -> None:
     code = "import os; e = os.environ.get; print(e('METAFLOW_DATASTORE_SYSROOT_LOCAL'), e('METAFLOW_CARD_LOCALROOT'))"
     try:
         done = mflocal("run", "--root", "data", PYTHON, "-c", code, cwd=project)
-        assert done.stdout.split() == [str(project / "data"), str(project / "data/.metaflow/mf.cards")]
+        assert done.stdout.split() == [
+            str(project / "data"),
+            str(project / "data/.metaflow/mf.cards"),
+        ]
         env = clean_env(METAFLOW_DATASTORE_SYSROOT_LOCAL="/mine", METAFLOW_CARD_LOCALROOT="/cards")
         done = mflocal("run", "--root", "data", PYTHON, "-c", code, cwd=project, env=env)
         assert done.stdout.split() == ["/mine", "/cards"]
@@ -475,15 +550,17 @@ def test_the_command_inherits_neither_lock_nor_socket(project: Path) -> None:
     for _ in range(2):  # started, reused
         out = mflocal("run", "-q", "ls", "-l", "/proc/self/fd", cwd=project, check=True).stdout
         fds = re.findall(r" (\d+) -> (.+)", out)
-        assert sorted(int(fd) for fd, _ in fds) == [0, 1, 2, 3] and fds[3][1].startswith("/proc/"), out
+        assert sorted(int(fd) for fd, _ in fds) == [0, 1, 2, 3] and fds[3][1].startswith(
+            "/proc/"
+        ), out
 
 
 @pytest.mark.core
 def test_ctrl_c_is_the_commands(project: Path) -> None:
-    code = (
-        "import time\ntry:\n print('up', flush=True); time.sleep(30)\nexcept KeyboardInterrupt:\n raise SystemExit(5)"
+    code = "import time\ntry:\n print('up', flush=True); time.sleep(30)\nexcept KeyboardInterrupt:\n raise SystemExit(5)"
+    wrapper = popen(
+        "run", "-q", PYTHON, "-c", code, cwd=project, stdout=subprocess.PIPE, start_new_session=True
     )
-    wrapper = popen("run", "-q", PYTHON, "-c", code, cwd=project, stdout=subprocess.PIPE, start_new_session=True)
     assert wrapper.stdout and wrapper.stdout.readline() == "up\n"
     os.killpg(wrapper.pid, signal.SIGINT)
     assert wrapper.wait(10) == 5
@@ -515,7 +592,9 @@ def test_a_terminal_passes_through(project: Path) -> None:
         "os.execv(sys.executable, [sys.executable] + sys.argv[1:])"
     )
     command = [PYTHON, "-c", script, str(MODULE), "run", "-q", PYTHON, "-c", code]
-    process = subprocess.Popen(command, cwd=project, env=clean_env(), stdin=slave, stdout=slave, stderr=slave)
+    process = subprocess.Popen(
+        command, cwd=project, env=clean_env(), stdin=slave, stdout=slave, stderr=slave
+    )
     os.close(slave)
     assert process.wait(30) == 0
     assert os.read(master, 4096).split() == [b"True", b"True", b"True"]
@@ -697,8 +776,12 @@ def test_control_routes_need_the_token(project: Path) -> None:
     for method, path in (("GET", "status"), ("POST", "stop"), ("POST", "lease"), ("POST", "ui")):
         body = {"lease": "a", "force": True} if method == "POST" else None
         assert client(method, "/_mflocal/" + path, body).status == 403
-        assert client(method, "/_mflocal/" + path, body, {"x-mflocal-token": "0" * 48}).status == 403
-    assert client("GET", "/_mflocal/status", None, {"x-mflocal-token": state["token"]}).status == 200
+        assert (
+            client(method, "/_mflocal/" + path, body, {"x-mflocal-token": "0" * 48}).status == 403
+        )
+    assert (
+        client("GET", "/_mflocal/status", None, {"x-mflocal-token": state["token"]}).status == 200
+    )
     assert alive(state["pid"])
 
 
@@ -717,14 +800,18 @@ class Impostor(threading.Thread):
             try:
                 connection, _ = self.server.accept()
                 self.heard += connection.recv(65536)
-                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{"instance": "x"}')
+                connection.sendall(
+                    b'HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{"instance": "x"}'
+                )
                 connection.close()
             except OSError:
                 return
 
 
 @pytest.mark.parametrize("options", [[], ["-q"], ["--root", "."]])
-def test_a_run_beside_a_running_daemon_loads_nothing_but_the_module(project: Path, options: list[str]) -> None:
+def test_a_run_beside_a_running_daemon_loads_nothing_but_the_module(
+    project: Path, options: list[str]
+) -> None:
     """Its time is a part of every flow's: `json`, `re`, `signal` and `socket` take longer than Python's own start."""
     start(project)
     code = (
@@ -736,17 +823,37 @@ def test_a_run_beside_a_running_daemon_loads_nothing_but_the_module(project: Pat
     done = subprocess.run(command, cwd=project, env=clean_env(), capture_output=True, text=True)
     status, *loaded = done.stdout.split()
     assert status == "0" and "reused" in done.stderr or "-q" in options, done
-    wanted = {"__future__", "_operator", "_socket", "errno", "itertools", "mflocal", "operator", "select"}
+    wanted = {
+        "__future__",
+        "_operator",
+        "_socket",
+        "errno",
+        "itertools",
+        "mflocal",
+        "operator",
+        "select",
+    }
     wanted |= {"linecache", "_opcode"}  # of `python -c` itself, in some versions
     assert set(loaded) <= wanted
 
 
-odd = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('"\\,:[]{} \n\u2028\x85\x7f'), max_size=20)
-values = odd | st.none() | st.integers(0, 2**63) | st.floats(allow_nan=False) | st.lists(st.integers(0, 9), max_size=3)
+odd = st.text(
+    st.characters(exclude_categories=["Cs"]) | st.sampled_from('"\\,:[]{} \n\u2028\x85\x7f'),
+    max_size=20,
+)
+values = (
+    odd
+    | st.none()
+    | st.integers(0, 2**63)
+    | st.floats(allow_nan=False)
+    | st.lists(st.integers(0, 9), max_size=3)
+)
 
 
 @given(st.dictionaries(st.sampled_from(["auth_key", "ui", "started_at", "more"]), values), odd, odd)
-def test_daemon_json_is_read_as_it_was_written(more: dict[str, Any], root: str, option: str) -> None:
+def test_daemon_json_is_read_as_it_was_written(
+    more: dict[str, Any], root: str, option: str
+) -> None:
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o700)
         settings = module.make_settings({"root": place}, {})
@@ -761,18 +868,26 @@ def test_daemon_json_is_read_as_it_was_written(more: dict[str, Any], root: str, 
         assert (written["root"], written["options"]["host"]) == (root, option)
 
 
-@pytest.mark.parametrize("how", ["wrong instance", "readable", "link", "schema", "half", "directory", "boot", "place"])
+@pytest.mark.parametrize(
+    "how", ["wrong instance", "readable", "link", "schema", "half", "directory", "boot", "place"]
+)
 def test_a_planted_daemon_json_is_not_believed(project: Path, how: str) -> None:
     start(project)
     state = state_of(project)
     mflocal("stop", cwd=project, check=True)
     impostor = Impostor()
     path = project / ".metaflow/.mflocal/daemon.json"
-    state.update(port=impostor.port, pid=os.getpid(), instance="right" if how == "wrong instance" else "x")
+    state.update(
+        port=impostor.port, pid=os.getpid(), instance="right" if how == "wrong instance" else "x"
+    )
     if how == "boot" and not state["boot_id"]:
         pytest.skip("this system does not say when it has booted")
     # Left over from before the last boot, or copied with its project; the server even knows the instance.
-    wrong = {"schema": 99, "boot_id": "another", "place": [state["place"][0], state["place"][1] + 1]}
+    wrong = {
+        "schema": 99,
+        "boot_id": "another",
+        "place": [state["place"][0], state["place"][1] + 1],
+    }
     state.update({name: value for name, value in wrong.items() if name.startswith(how)})
     text = json.dumps(state)
     target = project / "planted.json" if how == "link" else path
@@ -861,10 +976,14 @@ def test_a_pid_that_is_another_process_now_is_not_killed(project: Path, birth: s
         assert state["birth"] and module.process_birth(sleeper.pid) not in ("", birth)
         with open(directory / "lock", "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (directory / "daemon.json").write_text(json.dumps({**state, "pid": sleeper.pid, "birth": birth}))
+            (directory / "daemon.json").write_text(
+                json.dumps({**state, "pid": sleeper.pid, "birth": birth})
+            )
             (directory / "daemon.json").chmod(0o600)
             done = mflocal("stop", "--force", cwd=project)
-            assert done.returncode == 3 and f"cannot end the daemon (pid {sleeper.pid})" in done.stderr, done
+            assert (
+                done.returncode == 3 and f"cannot end the daemon (pid {sleeper.pid})" in done.stderr
+            ), done
             assert sleeper.poll() is None
         (directory / "daemon.json").unlink()
     finally:
@@ -877,7 +996,10 @@ def foreign_python() -> str:
     if os.geteuid() != 0:
         pytest.skip("only root can be another user")
     for path in ("/usr/bin/python3", "/usr/local/bin/python3"):
-        if os.path.exists(path) and subprocess.run([path, "-c", "pass"], user=65534).returncode == 0:
+        if (
+            os.path.exists(path)
+            and subprocess.run([path, "-c", "pass"], user=65534).returncode == 0
+        ):
             return path
     pytest.skip("no Python that other users can run")
 
@@ -897,7 +1019,9 @@ def open_project() -> Iterator[Path]:
 
 def as_user(python: str, root: Path, *words: str, **extra: Any) -> subprocess.CompletedProcess[str]:
     command = [python, str(root / "mflocal.py"), *words]
-    return subprocess.run(command, cwd=root, env=clean_env(), capture_output=True, text=True, timeout=60, **extra)
+    return subprocess.run(
+        command, cwd=root, env=clean_env(), capture_output=True, text=True, timeout=60, **extra
+    )
 
 
 def test_a_read_only_store_is_one_line(open_project: Path) -> None:
@@ -959,7 +1083,10 @@ def test_a_file_system_without_locks(project: Path, tmp_path: Path, how: str) ->
     runtime = tmp_path / "runtime"
     runtime.mkdir(mode=0o700)
     env = clean_env(LD_PRELOAD=str(library), TEST_FLOCK=how, XDG_RUNTIME_DIR=str(runtime))
-    starts = [popen("start", cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
+    starts = [
+        popen("start", cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(4)
+    ]
     outs = [process.communicate(timeout=60) for process in starts]
     assert [process.returncode for process in starts] == [0] * 4, outs
     assert sum(str(runtime) in err for _, err in outs) == 1
@@ -1039,7 +1166,9 @@ def test_ui_with_a_bundle(project: Path) -> None:
 
 def test_ui_with_a_key(project: Path) -> None:
     bundle = make_bundle(project / "bundle")
-    env = clean_env(METAFLOW_LOCAL_SERVICE_AUTH_KEY="s3cret", METAFLOW_LOCAL_SERVICE_UI_BUNDLE=str(bundle))
+    env = clean_env(
+        METAFLOW_LOCAL_SERVICE_AUTH_KEY="s3cret", METAFLOW_LOCAL_SERVICE_UI_BUNDLE=str(bundle)
+    )
     url = mflocal("ui", "--no-open", cwd=project, env=env, check=True).stdout.strip()
     assert "s3cret" not in url
     host, port = url.split("/")[2].split(":")
@@ -1058,14 +1187,18 @@ def test_ui_with_a_key(project: Path) -> None:
     assert get("/flows", Cookie=cookie)[0] == 200
     assert get("/", Cookie=cookie)[0] == 200
     assert get(url[url.index("/_mflocal") :])[0] == 403  # once
-    told = mflocal("run", "-q", "sh", "-c", "echo $METAFLOW_SERVICE_AUTH_KEY", cwd=project, check=True)
+    told = mflocal(
+        "run", "-q", "sh", "-c", "echo $METAFLOW_SERVICE_AUTH_KEY", cwd=project, check=True
+    )
     assert told.stdout == "s3cret\n"
 
 
 # -- which Python would run the command
 
 
-def test_extensions_are_found_without_running_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extensions_are_found_without_running_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     venv = tmp_path / "venv"
     site = venv / "lib/python3.12/site-packages"
     site.mkdir(parents=True)
@@ -1099,7 +1232,9 @@ def test_extensions_are_found_without_running_python(tmp_path: Path, monkeypatch
     assert module.has_extensions(["no-such-command"]) is None
 
 
-def test_a_version_managers_python_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_managers_python_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shim = tmp_path / "python"
     shim.write_text(f'#!/bin/sh\nexec "{PYTHON}" "$@"\n')
     shim.chmod(0o755)
@@ -1126,12 +1261,24 @@ def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["global", "here", "above", "environment", "several", "short", "system", "typo", "other"])
-def test_pyenvs_shim_is_understood_where_it_is_plain(shim: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+@pytest.mark.parametrize(
+    "how", ["global", "here", "above", "environment", "several", "short", "system", "typo", "other"]
+)
+def test_pyenvs_shim_is_understood_where_it_is_plain(
+    shim: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     """To ask it takes longer than all else that `run` does. What it would start is asked of itself here."""
-    versions = sorted(path.name for path in (shim.parent.parent / "versions").iterdir() if (path / "bin/python3").exists())
+    versions = sorted(
+        path.name
+        for path in (shim.parent.parent / "versions").iterdir()
+        if (path / "bin/python3").exists()
+    )
     name = versions[-1]
-    texts = {"here": f"{name}\n", "above": f"# ours\n\n {name}  # or newer\r\n", "several": f"{versions[0]}\n{name}\n"}
+    texts = {
+        "here": f"{name}\n",
+        "above": f"# ours\n\n {name}  # or newer\r\n",
+        "several": f"{versions[0]}\n{name}\n",
+    }
     texts.update(short=name.rpartition(".")[0], typo="nothing-of-this-name")
     if how in texts:
         Path(".python-version").write_text(texts[how])
@@ -1144,7 +1291,9 @@ def test_pyenvs_shim_is_understood_where_it_is_plain(shim: Path, monkeypatch: py
     if how == "other":  # a shim of an older pyenv, which looks beside the script as well
         head = head.replace(b"#!", b"#!\nPYENV_DIR=elsewhere\n", 1)
     found = module._pyenv_python("python3", head)
-    told = subprocess.run([shim, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True).stdout.strip()
+    told = subprocess.run(
+        [shim, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True
+    ).stdout.strip()
     if how in ("short", "system", "typo", "other"):
         assert found is None  # pyenv knows what these mean, or that they mean nothing
     else:
@@ -1189,7 +1338,9 @@ def test_a_signal_before_the_command_is_there_reaches_it(project: Path) -> None:
         "os.posix_spawnp = late; sys.exit(mflocal.main(['run', 'sleep', '20']))"
     )
     began = time.monotonic()
-    done = subprocess.run([PYTHON, "-c", code % str(MODULE.parent)], cwd=project, env=clean_env(), timeout=60)
+    done = subprocess.run(
+        [PYTHON, "-c", code % str(MODULE.parent)], cwd=project, env=clean_env(), timeout=60
+    )
     assert done.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 10
 
 
@@ -1206,9 +1357,17 @@ def test_restart_keeps_the_files_of_the_ui(project: Path) -> None:
 def test_the_module_under_another_name(project: Path, name: str) -> None:
     path = project / name
     path.symlink_to(MODULE) if name == "link" else shutil.copy(MODULE, path)
-    done = subprocess.run([PYTHON, str(path), "run", "true"], cwd=project, env=clean_env(), timeout=60)
+    done = subprocess.run(
+        [PYTHON, str(path), "run", "true"], cwd=project, env=clean_env(), timeout=60
+    )
     assert done.returncode == 0
-    subprocess.run([PYTHON, str(path), "start"], cwd=project, env=clean_env(), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [PYTHON, str(path), "start"],
+        cwd=project,
+        env=clean_env(),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def test_a_stuck_daemon_is_not_called_absent(project: Path) -> None:
@@ -1238,7 +1397,12 @@ def test_output_that_cannot_be_written_is_one_line(project: Path) -> None:
     odd = project / os.fsdecode(b"n\xff")
     odd.mkdir()
     done = mflocal(
-        "start", "--root", ".", cwd=odd, env=clean_env(PYTHONIOENCODING="utf-8:strict"), errors="surrogateescape"
+        "start",
+        "--root",
+        ".",
+        cwd=odd,
+        env=clean_env(PYTHONIOENCODING="utf-8:strict"),
+        errors="surrogateescape",
     )
     assert done.returncode == 0 and str(odd) in done.stdout, done.stderr
     mflocal("stop", "--root", ".", cwd=odd)
@@ -1248,4 +1412,6 @@ def test_sidecars_asked_for_inside_another_run(project: Path) -> None:
     words = [PYTHON, str(MODULE), "run", "-q"]
     show = ["sh", "-c", 'echo "[${METAFLOW_ENABLED_SIDECAR-unset}]"']
     assert mflocal("run", *words[:-1], *show, cwd=project).stdout == "[]\n"
-    assert mflocal("run", *words, "--heartbeats", "sidecar", *show, cwd=project).stdout == "[unset]\n"
+    assert (
+        mflocal("run", *words, "--heartbeats", "sidecar", *show, cwd=project).stdout == "[unset]\n"
+    )

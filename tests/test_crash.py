@@ -65,16 +65,30 @@ class Writer(threading.Thread):
 
     def write(self) -> None:
         for lap in range(10_000):
-            run = self.post("/flows/F/run", {**BODY, "tags": [f"{self.number}-{lap}"]})["run_number"]
+            run = self.post("/flows/F/run", {**BODY, "tags": [f"{self.number}-{lap}"]})[
+                "run_number"
+            ]
             path = f"/flows/F/runs/{run}"
             self.post(f"{path}/steps/s/step", BODY)
             for _ in range(3):
                 task = f"{path}/steps/s/tasks/{self.post(f'{path}/steps/s/task', BODY)['task_id']}"
-                rows = [{"field_name": f"f{i}", "value": f"{self.number}-{lap}-" + "v" * (i * 700), "type": "t"} for i in range(8)]
+                rows = [
+                    {
+                        "field_name": f"f{i}",
+                        "value": f"{self.number}-{lap}-" + "v" * (i * 700),
+                        "type": "t",
+                    }
+                    for i in range(8)
+                ]
                 self.post(f"{task}/metadata", rows)
-                self.post(f"{task}/artifact", [{"name": f"a{i}", "sha": f"{lap}-{i}", "attempt_id": 0} for i in range(8)])
+                self.post(
+                    f"{task}/artifact",
+                    [{"name": f"a{i}", "sha": f"{lap}-{i}", "attempt_id": 0} for i in range(8)],
+                )
                 self.post(f"{task}/heartbeat", {})
-            self.post(f"{path}/tag/mutate", {"tags_to_add": ["late"], "tags_to_remove": []}, "PATCH")
+            self.post(
+                f"{path}/tag/mutate", {"tags_to_add": ["late"], "tags_to_remove": []}, "PATCH"
+            )
 
 
 def record(path: Path) -> Any:
@@ -94,7 +108,9 @@ def missing(metaflow: Path, said: list[tuple[str, Any, Any]]) -> list[str]:
             elif words[-1] == "step":
                 assert record(run / "s/_meta/_self.json")["step_name"] == "s"
             elif words[-1] == "task":
-                assert record(run / "s" / str(answer["task_id"]) / "_meta/_self.json")["task_id"] == str(answer["task_id"])
+                assert record(run / "s" / str(answer["task_id"]) / "_meta/_self.json")[
+                    "task_id"
+                ] == str(answer["task_id"])
             elif words[-1] == "mutate":
                 assert answer["tags"] == record(run / "_meta/_self.json")["tags"]
             elif words[-1] in ("metadata", "artifact"):
@@ -103,8 +119,14 @@ def missing(metaflow: Path, said: list[tuple[str, Any, Any]]) -> list[str]:
                     files[meta] = {name: record(meta / name) for name in os.listdir(meta)}
                 found = list(files[meta].values())
                 for row in body:
-                    keys = ("field_name", "value", "type") if "value" in row else ("name", "sha", "attempt_id")
-                    assert sum(all(have.get(key) == row[key] for key in keys) for have in found) == 1, row
+                    keys = (
+                        ("field_name", "value", "type")
+                        if "value" in row
+                        else ("name", "sha", "attempt_id")
+                    )
+                    assert (
+                        sum(all(have.get(key) == row[key] for key in keys) for have in found) == 1
+                    ), row
         except (OSError, ValueError, AssertionError, KeyError) as error:
             wrong.append(f"{path}: {error!r:.200}")
     return wrong
@@ -154,7 +176,9 @@ def test_kill_9_under_load(root: Path) -> None:
         assert missing(root / ".metaflow", said) == []
         assert half_files(root / ".metaflow") == []
         shutil.rmtree(root / ".metaflow/F")  # keeps the next look short
-    print(f"{KILLS} kills, {total} requests answered 200, {leftovers} temp files left over, slowest start {slowest:.2f} s")
+    print(
+        f"{KILLS} kills, {total} requests answered 200, {leftovers} temp files left over, slowest start {slowest:.2f} s"
+    )
     assert total > KILLS * 20
     with Served(root) as served:
         assert served.port == port and os.listdir(temp) == [] and "Traceback" not in served.log
@@ -177,10 +201,17 @@ def test_readers_after_a_kill_see_what_was_told(root: Path) -> None:
                 rows = {row["field_name"]: row["value"] for row in served.client.get(path)}
                 assert rows == {row["field_name"]: row["value"] for row in body}
             elif path.endswith("/artifact"):
-                assert {row["name"] for row in served.client.get(path + "s")} == {row["name"] for row in body}
+                assert {row["name"] for row in served.client.get(path + "s")} == {
+                    row["name"] for row in body
+                }
             elif path.endswith("/task"):
-                assert served.client.get(f"{path}s/{answer['task_id']}")["ts_epoch"] == answer["ts_epoch"]
-        assert len(served.client.get("/flows/F/runs")) >= sum(path.endswith("/run") for path, _, _ in writer.said)
+                assert (
+                    served.client.get(f"{path}s/{answer['task_id']}")["ts_epoch"]
+                    == answer["ts_epoch"]
+                )
+        assert len(served.client.get("/flows/F/runs")) >= sum(
+            path.endswith("/run") for path, _, _ in writer.said
+        )
 
 
 FLOW = """
@@ -212,9 +243,17 @@ if __name__ == "__main__":
 def test_a_flow_survives_a_daemon_killed_twice(project: Path) -> None:
     """Killed while tasks start and write; the wrapper brings it back on the same port within the client's retries."""
     (project / "killed.py").write_text(FLOW)
-    started = Started(project, sys.executable, "killed.py", "--no-pylint", "run", "--max-workers", "2")
+    started = Started(
+        project, sys.executable, "killed.py", "--no-pylint", "run", "--max-workers", "2"
+    )
     try:
-        port = int(wait_for(lambda: (project / ".metaflow/.mflocal/daemon.json").exists() and daemon_state(project))["port"])
+        port = int(
+            wait_for(
+                lambda: (
+                    (project / ".metaflow/.mflocal/daemon.json").exists() and daemon_state(project)
+                )
+            )["port"]
+        )
         chance = random.Random(SEED)
         for _ in range(2):
             flow = project / ".metaflow/KilledFlow"
@@ -230,7 +269,11 @@ def test_a_flow_survives_a_daemon_killed_twice(project: Path) -> None:
         started.end()
     assert started.output.count("started it again") == 2, started.output
     assert int(daemon_state(project)["port"]) == port
-    done = [path for path in (project / ".metaflow/KilledFlow").rglob("sysmeta_attempt_ok_*") if record(path)["value"] == "True"]
+    done = [
+        path
+        for path in (project / ".metaflow/KilledFlow").rglob("sysmeta_attempt_ok_*")
+        if record(path)["value"] == "True"
+    ]
     assert len(done) == 9  # start, 6 of work, join, end
 
 
@@ -253,7 +296,9 @@ def mount() -> Iterator[Callable[..., Path]]:
     def make(options: str) -> Path:
         disk = Path(tempfile.mkdtemp(prefix="mflocal-disk-"))
         program = shutil.which("mount")
-        done = program and subprocess.run([program, "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True)
+        done = program and subprocess.run(
+            [program, "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True
+        )
         if not done or done.returncode:
             disk.rmdir()
             pytest.skip("no small file system can be mounted here")
@@ -314,7 +359,10 @@ def check_refused(served: Served, task: str, status: int, word: str) -> None:
 def check_recovered(served: Served, task: str) -> None:
     for method, path, body in writes(task):
         assert served.client(method, path, body).status == 200, path
-    assert len(served.client.get("/flows/F/runs")) == 2 and len(served.client.get(f"{task}/metadata")) == 1
+    assert (
+        len(served.client.get("/flows/F/runs")) == 2
+        and len(served.client.get(f"{task}/metadata")) == 1
+    )
 
 
 def fill(directory: Path) -> Path:
@@ -359,11 +407,15 @@ def test_no_inode_left(mount: Callable[..., Path]) -> None:
 
 def test_a_disk_that_becomes_read_only(mount: Callable[..., Path]) -> None:
     root = mount("size=4m")
-    with served_on(root, BLANKS=0) as served:  # what is open for writing keeps a mount from becoming read-only
+    with served_on(
+        root, BLANKS=0
+    ) as served:  # what is open for writing keeps a mount from becoming read-only
         task = served.task()
         # The service holds its lock file open for writing, so the file system itself cannot be remounted.
         flow = root / ".metaflow"
-        if subprocess.run(["mount", "--bind", str(flow), str(flow)], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "--bind", str(flow), str(flow)], capture_output=True
+        ).returncode:
             pytest.skip("no bind mounts here")
         try:
             subprocess.run(["mount", "-o", "remount,bind,ro", str(flow)], check=True)
@@ -380,7 +432,9 @@ def test_starting_on_a_full_disk(mount: Callable[..., Path]) -> None:
     filler = fill(root)
     try:
         done = mflocal("start", cwd=root)
-        assert done.returncode == 3 and "No space left" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert (
+            done.returncode == 3 and "No space left" in done.stderr and done.stderr.count("\n") == 1
+        ), done.stderr
     finally:
         filler.unlink()
     assert mflocal("start", cwd=root).returncode == 0
@@ -405,10 +459,22 @@ def test_a_directory_that_refuses() -> None:
         root.mkdir()
         os.chown(root, NOBODY, NOBODY)
         env = clean_env(HOME=name)
-        with Served(root, python=python, module=Path(name), env=env, user=NOBODY, group=NOBODY, extra_groups=[]) as served:
+        with Served(
+            root,
+            python=python,
+            module=Path(name),
+            env=env,
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+        ) as served:
             task = served.task()
             (served.metaflow / "F/_meta/_self.json").stat()
-            folders = [served.metaflow, *(path for path in (served.metaflow / "F").rglob("*") if path.is_dir()), served.metaflow / "F"]
+            folders = [
+                served.metaflow,
+                *(path for path in (served.metaflow / "F").rglob("*") if path.is_dir()),
+                served.metaflow / "F",
+            ]
             modes = {folder: folder.stat().st_mode & 0o777 for folder in folders}
             for folder in folders:
                 os.chmod(folder, 0o555)
@@ -421,7 +487,12 @@ def test_a_directory_that_refuses() -> None:
 def runs_as_nobody(python: str) -> bool:
     code = "import json, asyncio, ssl, hmac"
     try:
-        return subprocess.run([python, "-c", code], user=NOBODY, group=NOBODY, cwd="/", capture_output=True).returncode == 0
+        return (
+            subprocess.run(
+                [python, "-c", code], user=NOBODY, group=NOBODY, cwd="/", capture_output=True
+            ).returncode
+            == 0
+        )
     except OSError:
         return False
 
@@ -469,10 +540,14 @@ def test_the_clock_jumps(root: Path, tmp_path: Path) -> None:
         pytest.skip("needs a C compiler on Linux")
     (tmp_path / "clock.c").write_text(CLOCK)
     library, shift = tmp_path / "clock.so", tmp_path / "shift"
-    if subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "clock.c"), "-ldl"]).returncode:
+    if subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "clock.c"), "-ldl"]
+    ).returncode:
         pytest.skip("the C compiler does not work")
     shift.write_text("0")
-    with Served(root, "--idle-timeout", "60", env=clean_env(LD_PRELOAD=str(library), TEST_SHIFT=str(shift))) as served:
+    with Served(
+        root, "--idle-timeout", "60", env=clean_env(LD_PRELOAD=str(library), TEST_SHIFT=str(shift))
+    ) as served:
         connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
 
         def post(path: str, body: Any) -> Any:
@@ -487,7 +562,14 @@ def test_the_clock_jumps(root: Path, tmp_path: Path) -> None:
         for seconds in (86_400, -86_400):
             shift.write_text(str(seconds))
             time.sleep(1.5)
-            assert abs(served.client.get(f"/flows/F/runs/{runs[0]}")["last_heartbeat_ts"] - time.time() - seconds) < 5
+            assert (
+                abs(
+                    served.client.get(f"/flows/F/runs/{runs[0]}")["last_heartbeat_ts"]
+                    - time.time()
+                    - seconds
+                )
+                < 5
+            )
             runs += [post("/flows/F/run", BODY)["run_number"] for _ in range(3)]
             rows = served.client.get("/flows/F/runs?status=running")
             assert {row["run_number"] for row in rows} == set(runs)
@@ -513,7 +595,12 @@ def test_stopped_for_five_seconds(root: Path) -> None:
         run = ask("POST", "/flows/F/run", BODY)["run_number"]
         os.kill(served.pid, signal.SIGSTOP)
         found: list[int] = []
-        threads = [threading.Thread(target=lambda: found.append(served.client("GET", f"/flows/F/runs/{run}").status)) for _ in range(5)]
+        threads = [
+            threading.Thread(
+                target=lambda: found.append(served.client("GET", f"/flows/F/runs/{run}").status)
+            )
+            for _ in range(5)
+        ]
         try:
             for thread in threads:
                 thread.start()
@@ -523,7 +610,9 @@ def test_stopped_for_five_seconds(root: Path) -> None:
         for thread in threads:
             thread.join(20)
         assert found == [200] * 5
-        assert [row["run_number"] for row in served.client.get("/flows/F/runs?status=running")] == [run]
+        assert [row["run_number"] for row in served.client.get("/flows/F/runs?status=running")] == [
+            run
+        ]
         assert abs(ask("GET", f"/flows/F/runs/{run}")["last_heartbeat_ts"] - time.time()) < 2
         time.sleep(2.5)  # more than the idle timeout: the connection speaks for the run
         assert served.process.poll() is None
@@ -574,7 +663,13 @@ def test_umask_of_the_caller(project: Path) -> None:
         assert connection.getresponse().status == 200
         connection.close()
         assert (project / f".metaflow/F{umask}").stat().st_mode & 0o777 == 0o777 & ~umask
-        assert (project / f".metaflow/F{umask}/_meta/_self.json").stat().st_mode & 0o777 == 0o666 & ~umask
+        assert (
+            project / f".metaflow/F{umask}/_meta/_self.json"
+        ).stat().st_mode & 0o777 == 0o666 & ~umask
         assert state.stat().st_mode & 0o777 == 0o700
-        assert all(path.stat().st_mode & 0o077 == 0 for path in state.rglob("*") if path.parent.name != "tmp")
+        assert all(
+            path.stat().st_mode & 0o077 == 0
+            for path in state.rglob("*")
+            if path.parent.name != "tmp"
+        )
         mflocal("stop", "--force", cwd=project, check=True)

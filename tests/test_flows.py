@@ -17,7 +17,9 @@ from processes import PYTHON, Started, client_of, daemon_state, flow_env, flow_f
 import mflocal as mflocal_module
 
 
-def flow(project: Path, name: str, *words: str, code: int = 0, cwd: Path | None = None, **kwargs: Any) -> str:
+def flow(
+    project: Path, name: str, *words: str, code: int = 0, cwd: Path | None = None, **kwargs: Any
+) -> str:
     """Runs a flow of tests/flows under `mflocal run`; what it printed."""
     options = kwargs.pop("options", ())
     path = flow_file(project, name)
@@ -59,7 +61,11 @@ def differences(ours: Any, local: Any, where: str = "") -> list[str]:
     """Where two descriptions part."""
     if isinstance(ours, dict) and isinstance(local, dict):
         keys = sorted({*ours, *local})
-        return [line for key in keys for line in differences(ours.get(key), local.get(key), f"{where}/{key}")]
+        return [
+            line
+            for key in keys
+            for line in differences(ours.get(key), local.get(key), f"{where}/{key}")
+        ]
     return [] if ours == local else [f"{where}: {ours!r}, in local mode {local!r}"]
 
 
@@ -76,8 +82,12 @@ def only_task(step: dict[str, Any]) -> Any:
 def test_hello_flow_of_the_readme(project: Path) -> None:
     """The README's line: the flow succeeds, over HTTP and in local mode, and `status` shows the daemon."""
     shutil.copytree(REPO / "docs", project / "docs")
-    done = mflocal("run", PYTHON, "docs/hello_flow.py", "run", cwd=project, check=True, env=flow_env())
-    assert re.match(r"mflocal: http://127\.0\.0\.1:\d+, root \S+, started, pid \d+\n", done.stderr), done.stderr
+    done = mflocal(
+        "run", PYTHON, "docs/hello_flow.py", "run", cwd=project, check=True, env=flow_env()
+    )
+    assert re.match(
+        r"mflocal: http://127\.0\.0\.1:\d+, root \S+, started, pid \d+\n", done.stderr
+    ), done.stderr
     assert "the sum of the squares is 14" in done.stdout
     seen = read(project, f"HelloFlow/{run_id_of(done.stdout)}")
     assert seen["successful"] and seen["finished"] and seen["data"]["total"] == 14
@@ -91,7 +101,15 @@ def test_hello_flow_of_the_readme(project: Path) -> None:
 @pytest.mark.core
 def test_linear_flow_and_its_surroundings(project: Path) -> None:
     output = flow(
-        project, "e2e_linear.py", "run", "--greeting", "good morning", "--tag", "first", "--run-id-file", "id.txt"
+        project,
+        "e2e_linear.py",
+        "run",
+        "--greeting",
+        "good morning",
+        "--tag",
+        "first",
+        "--run-id-file",
+        "id.txt",
     )
     run = run_id_of(output)
     assert (project / "id.txt").read_text() == run
@@ -124,7 +142,9 @@ def test_branch_foreach_retry_and_catch(project: Path) -> None:
     assert sorted(task["successful"] for task in steps["each"].values()) == [False, True, True]
     assert all(task["finished"] for task in steps["each"].values())
     rows = client_of(project).get(f"/api/flows/ShapesFlow/runs/{run}/tasks?_limit=100")["data"]
-    shown = sorted((r["step_name"], r["attempt_id"], r["status"]) for r in rows if r["step_name"] == "right")
+    shown = sorted(
+        (r["step_name"], r["attempt_id"], r["status"]) for r in rows if r["step_name"] == "right"
+    )
     assert shown == [("right", 0, "failed"), ("right", 1, "completed")]
 
 
@@ -160,7 +180,9 @@ def test_a_failing_flow_is_resumed_here_and_in_a_later_job(project: Path, tmp_pa
 
 @pytest.mark.core
 def test_tags_by_command_line_and_client(project: Path) -> None:
-    run = run_id_of(flow(project, "live_sleep.py", "run", "--seconds", "0", "--tag", "one", NOTES=str(project)))
+    run = run_id_of(
+        flow(project, "live_sleep.py", "run", "--seconds", "0", "--tag", "one", NOTES=str(project))
+    )
     created = read(project, f"LiveSleep/{run}")["created_at"]
     flow(project, "live_sleep.py", "tag", "add", "--run-id", run, "two", "three")
     flow(project, "live_sleep.py", "tag", "remove", "--run-id", run, "one")
@@ -172,12 +194,17 @@ def test_tags_by_command_line_and_client(project: Path) -> None:
         "print(sorted(run.user_tags))"
     )
     done = mflocal("run", "-q", PYTHON, "-c", code, cwd=project, check=True)
-    assert done.stdout.splitlines()[-1] == "['drei', 'four', 'größe']" and len(done.stdout.splitlines()) == 2
+    assert (
+        done.stdout.splitlines()[-1] == "['drei', 'four', 'größe']"
+        and len(done.stdout.splitlines()) == 2
+    )
     assert "three" not in flow(project, "live_sleep.py", "tag", "list", "--run-id", run)
     seen = read(project, f"LiveSleep/{run}")
     assert seen["user_tags"] == ["drei", "four", "größe"]
     assert seen["created_at"] == created and "user:tester" in seen["system_tags"]
-    assert only_task(seen["steps"]["end"])["tags"] == sorted(seen["user_tags"] + seen["system_tags"])
+    assert only_task(seen["steps"]["end"])["tags"] == sorted(
+        seen["user_tags"] + seen["system_tags"]
+    )
 
 
 # -- how long the daemon stays, and for whom
@@ -186,7 +213,13 @@ def test_tags_by_command_line_and_client(project: Path) -> None:
 def test_fault_2_a_step_longer_than_the_idle_timeout(project: Path) -> None:
     """One daemon serves the run to its end, then leaves in time."""
     output = flow(
-        project, "live_sleep.py", "run", "--seconds", "7", options=("--idle-timeout", "2"), NOTES=str(project)
+        project,
+        "live_sleep.py",
+        "run",
+        "--seconds",
+        "7",
+        options=("--idle-timeout", "2"),
+        NOTES=str(project),
     )
     ended = time.monotonic()
     assert "started it again" not in output and "Done!" in output
@@ -221,14 +254,19 @@ def two(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 @pytest.mark.core
 def test_fault_3_two_projects_at_once(two: tuple[Path, Path]) -> None:
     """Each has its own daemon, its own runs and its own artifacts."""
-    started = [Started(place, PYTHON, flow_file(place, "live_sleep.py").name, "run") for place in two]
+    started = [
+        Started(place, PYTHON, flow_file(place, "live_sleep.py").name, "run") for place in two
+    ]
     try:
         notes = [run.note("start-0") for run in started]
         assert daemon_state(two[0])["pid"] != daemon_state(two[1])["pid"]
         for (_, _, pathspec), place, other in zip(notes, two, reversed(two)):
             mine = client_of(place).get("/flows/LiveSleep/runs")
             assert [str(row["run_number"]) for row in mine] == [pathspec.split("/")[1]]
-            assert client_of(other)("GET", "/flows/" + "/runs/".join(pathspec.split("/")[:2])).status == 404
+            assert (
+                client_of(other)("GET", "/flows/" + "/runs/".join(pathspec.split("/")[:2])).status
+                == 404
+            )
             told = json.loads(mflocal("status", "--json", cwd=place, check=True).stdout)
             assert told["root"] == str(place.resolve())
         for run in started:
@@ -249,16 +287,24 @@ def test_status_and_stop_while_a_flow_runs(project: Path) -> None:
         number = pathspec.split("/")[1]
         told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
         (active,) = told["active_runs"]
-        assert (active["flow_id"], str(active["run_number"]), active["how"]) == ("LiveSleep", number, "connection")
+        assert (active["flow_id"], str(active["run_number"]), active["how"]) == (
+            "LiveSleep",
+            number,
+            "connection",
+        )
         assert told["idle_left"] is None and told["pid"] == daemon_state(project)["pid"]
-        assert f"LiveSleep/{number} (connection)" in mflocal("status", cwd=project, check=True).stdout
+        assert (
+            f"LiveSleep/{number} (connection)" in mflocal("status", cwd=project, check=True).stdout
+        )
         refused = mflocal("stop", cwd=project)
         assert refused.returncode == 4 and f"LiveSleep/{number}" in refused.stderr
         run.say()
         assert run.wait() == 0, run.output
     finally:
         run.end()
-    assert json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)["active_runs"] == []
+    assert (
+        json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)["active_runs"] == []
+    )
     assert mflocal("stop", cwd=project).returncode == 0
 
 
@@ -287,7 +333,9 @@ def test_an_explicit_root_holds_everything(project: Path, tmp_path: Path) -> Non
     assert not (work / ".metaflow").exists()
     assert read(project, f"LinearFlow/{run}")["successful"]
     assert len(list((project / ".metaflow").rglob("*/tasks/*/cards/*.html"))) == 3
-    task = client_of(project).get(f"/api/flows/LinearFlow/runs/{run}/steps/end/tasks")["data"][0]["task_id"]
+    task = client_of(project).get(f"/api/flows/LinearFlow/runs/{run}/steps/end/tasks")["data"][0][
+        "task_id"
+    ]
     path = f"/api/flows/LinearFlow/runs/{run}/steps/end/tasks/{task}/cards"
     assert len(client_of(project).get(path)["data"]) == 1
 
@@ -333,7 +381,9 @@ def test_outside_the_wrapper_with_env(project: Path) -> None:
 def test_many_runs_at_once_of_one_project(project: Path) -> None:
     """Three wrappers started at the same moment share one daemon and collide in nothing."""
     path = flow_file(project, "live_sleep.py")
-    started = [Started(project, PYTHON, path.name, "run", "--seconds", "0", name=str(n)) for n in range(3)]
+    started = [
+        Started(project, PYTHON, path.name, "run", "--seconds", "0", name=str(n)) for n in range(3)
+    ]
     try:
         assert [run.wait() for run in started] == [0, 0, 0], [run.output for run in started]
     finally:
@@ -346,7 +396,9 @@ def test_many_runs_at_once_of_one_project(project: Path) -> None:
     assert {str(row["run_number"]) for row in rows} == runs
 
 
-@pytest.mark.parametrize("variable", ["METAFLOW_DATASTORE_SYSROOT_LOCAL", "METAFLOW_CARD_LOCALROOT"])
+@pytest.mark.parametrize(
+    "variable", ["METAFLOW_DATASTORE_SYSROOT_LOCAL", "METAFLOW_CARD_LOCALROOT"]
+)
 def test_cards_outside_the_root_are_found(project: Path, variable: str) -> None:
     """Metaflow puts them where the flow was started, wherever its datastore is; the wrapper tells the daemon."""
     shutil.copy(FLOWS / "readers_cards.py", project / "flow.py")
@@ -354,7 +406,18 @@ def test_cards_outside_the_root_are_found(project: Path, variable: str) -> None:
     place.mkdir()
     env = flow_env(**{variable: str(place)})
     root = place if variable.endswith("SYSROOT_LOCAL") else project
-    mflocal("run", PYTHON, "flow.py", "--no-pylint", "run", "--run-id-file", "id", cwd=project, env=env, check=True)
+    mflocal(
+        "run",
+        PYTHON,
+        "flow.py",
+        "--no-pylint",
+        "run",
+        "--run-id-file",
+        "id",
+        cwd=project,
+        env=env,
+        check=True,
+    )
     run = (project / "id").read_text()
     for turn in ("at once", "after a restart"):
         client = client_of(root)
@@ -368,7 +431,9 @@ def test_cards_outside_the_root_are_found(project: Path, variable: str) -> None:
     state = root / ".metaflow/.mflocal"
     # A checkout that ships cards.json gains nothing: it names the place it was made in.
     shutil.copytree(state, project / "copy", copy_function=shutil.copy2)
-    assert mflocal_module.read_card_roots(str(state)) and not mflocal_module.read_card_roots(str(project / "copy"))
+    assert mflocal_module.read_card_roots(str(state)) and not mflocal_module.read_card_roots(
+        str(project / "copy")
+    )
 
 
 def flow_name(root: Path) -> str:

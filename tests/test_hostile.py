@@ -65,7 +65,11 @@ def test_request_vectors_over_a_socket(served: Served) -> None:
     """As many answers as requests, in sync, the expected status at the end, and then the end."""
     before = census(served)
     for vector in VECTORS:
-        error = vector.expected[-1] if vector.expected and isinstance(vector.expected[-1], int) else None
+        error = (
+            vector.expected[-1]
+            if vector.expected and isinstance(vector.expected[-1], int)
+            else None
+        )
         requests = [request for request in vector.expected if not isinstance(request, int)]
         methods = [request[0] for request in requests]
         cut = len(vector.data) // 2
@@ -79,7 +83,10 @@ def test_request_vectors_over_a_socket(served: Served) -> None:
                 assert len(found) == len(requests) + 1, (vector.name, found)
             else:
                 assert len(found) in (len(requests), len(requests) + 1), (vector.name, found)
-                assert found[len(requests) :] in ([], [400]), (vector.name, found)  # 400: cut off in the middle
+                assert found[len(requests) :] in ([], [400]), (
+                    vector.name,
+                    found,
+                )  # 400: cut off in the middle
     served.settled(*before)
 
 
@@ -144,7 +151,14 @@ class Grammar:
     def __init__(self, seed: int, task: str, routes: list[tuple[str, str]]) -> None:
         self.chance = random.Random(seed)
         words = task.split("/")
-        self.known = {"flow": "F", "run": words[4], "step": words[6], "task": words[8], "attempt": "0", "name": "x"}
+        self.known = {
+            "flow": "F",
+            "run": words[4],
+            "step": words[6],
+            "task": words[8],
+            "attempt": "0",
+            "name": "x",
+        }
         self.routes = routes
 
     def target(self) -> tuple[str, str]:
@@ -156,7 +170,8 @@ class Grammar:
             segments.append(chance.choice(self.SEGMENTS) if chance.random() < 0.12 else good)
         path = "/" + "/".join(segments)
         pairs = [
-            f"{chance.choice(self.KEYS)}={chance.choice(self.VALUES)}" for _ in range(chance.choice((0, 0, 1, 1, 2, 5)))
+            f"{chance.choice(self.KEYS)}={chance.choice(self.VALUES)}"
+            for _ in range(chance.choice((0, 0, 1, 1, 2, 5)))
         ]
         return method, path + ("?" + "&".join(pairs) if pairs else "")
 
@@ -167,12 +182,18 @@ class Grammar:
             method = chance.choice(("HEAD", "OPTIONS", "PATCH", "DELETE", "POST", "GET", "PUT"))
         lines = [f"{method} {target} HTTP/1.{int(chance.random() > 0.05)}".encode(), HOST[:-2]]
         lines += [chance.choice(self.FIELDS) for _ in range(chance.choice((0, 0, 0, 1, 2)))]
-        body = chance.choice(self.BODIES) if method not in ("GET", "HEAD") or chance.random() < 0.02 else b""
+        body = (
+            chance.choice(self.BODIES)
+            if method not in ("GET", "HEAD") or chance.random() < 0.02
+            else b""
+        )
         if chance.random() < 0.2:
             lines.append(b"Transfer-Encoding: chunked")
             cut = chance.randrange(1, 40)
             pieces = [body[i : i + cut] for i in range(0, min(len(body), 4000), cut)]
-            body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+            body = (
+                b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+            )
         elif body or chance.random() < 0.1:
             lines.append(b"Content-Length: %d" % (len(body) + (chance.random() < 0.03)))
         return b"\r\n".join(lines) + b"\r\n\r\n" + body
@@ -210,17 +231,49 @@ def parts(tmp_path: Path) -> Any:
 
 
 def routes_of(parts: Any) -> list[tuple[str, str]]:
-    own = [("GET", "id"), ("GET", "status"), ("POST", "stop"), ("POST", "lease"), ("POST", "ui"), ("GET", "login")]
+    own = [
+        ("GET", "id"),
+        ("GET", "status"),
+        ("POST", "stop"),
+        ("POST", "lease"),
+        ("POST", "ui"),
+        ("GET", "login"),
+    ]
     more = [("GET", "/api/ws"), ("GET", "/"), ("GET", "/static/x.js"), ("OPTIONS", "*")]
     return parts[1].patterns + more + [(method, f"/_mflocal/{name}") for method, name in own]
 
 
 def hostile_files(task: Path) -> None:
     """What a checkout may have shipped beside good files: records of any shape."""
-    odd = [None, 5, "x", [], {}, [[]], {"a": 1}, True, -1, 1e300, 10**30, "²", "9" * 5000, ["attempt_id:²"], [{}]]
+    odd = [
+        None,
+        5,
+        "x",
+        [],
+        {},
+        [[]],
+        {"a": 1},
+        True,
+        -1,
+        1e300,
+        10**30,
+        "²",
+        "9" * 5000,
+        ["attempt_id:²"],
+        [{}],
+    ]
     for number, value in enumerate(odd):
         record = {
-            key: value for key in ("ts_epoch", "tags", "system_tags", "user_name", "value", "field_name", "run_number")
+            key: value
+            for key in (
+                "ts_epoch",
+                "tags",
+                "system_tags",
+                "user_name",
+                "value",
+                "field_name",
+                "run_number",
+            )
         }
         for name in (f"sysmeta_odd_{number}", f"sysmeta_attempt_{number}", f"{number}_artifact_odd", "9" * 200 + "_artifact_x",
                      f"sysmeta_attempt_ok_{number}", f"{number}_artifact__task_ok", "sysmeta_x_" + "9" * 200):  # fmt: skip
@@ -230,7 +283,9 @@ def hostile_files(task: Path) -> None:
             other.mkdir(parents=True, exist_ok=True)
             (other / "_self.json").write_text(json.dumps(record))
             (other / "_mflocal.json").write_text(
-                json.dumps({"last_heartbeat_ts": value, "lost": {str(value): value}, "lease": value})
+                json.dumps(
+                    {"last_heartbeat_ts": value, "lost": {str(value): value}, "lease": value}
+                )
             )
 
 
@@ -238,7 +293,8 @@ def test_grammar_fuzz(served: Served, parts: Any) -> None:
     """MFLOCAL_FUZZ_SECONDS (4) and MFLOCAL_FUZZ_SEED (1) say how long and which."""
     task = served.task()
     served.client.post(
-        f"{task}/metadata", [{"field_name": "f", "value": "a" * 40}, {"field_name": "attempt", "value": "0"}]
+        f"{task}/metadata",
+        [{"field_name": "f", "value": "a" * 40}, {"field_name": "attempt", "value": "0"}],
     )
     served.client.post(f"{task}/artifact", [{"name": "x", "sha": "1", "attempt_id": 0}])
     before = census(served)
@@ -274,10 +330,21 @@ def test_records_of_any_shape(tmp_path: Path, parts: Any) -> None:
     wrong = {}
     with Served(root) as served:
         for number in [*range(15), None]:
-            names = {"flow": "F", "run": run, "step": step, "task": task, "attempt": "0", "name": "odd"}
+            names = {
+                "flow": "F",
+                "run": run,
+                "step": step,
+                "task": task,
+                "attempt": "0",
+                "name": "odd",
+            }
             for level in ("run", "step", "task") if number is not None else ("none",):
                 for method, pattern in routes_of(parts):
-                    if method != "GET" or "/ws" in pattern or (level != "none" and f"{{{level}}}" not in pattern):
+                    if (
+                        method != "GET"
+                        or "/ws" in pattern
+                        or (level != "none" and f"{{{level}}}" not in pattern)
+                    ):
                         continue
                     if pattern.startswith("/api/metadata") or pattern.startswith("/_mflocal"):
                         continue
@@ -359,7 +426,16 @@ def test_websocket_fuzz(served: Served) -> None:
             codes.add(closing_code(rest_of(sock)))
         count += 1
     print(f"{count} connections, codes {codes}")
-    assert {1000, 1002} <= codes and codes <= {None, 1000, 1001, 1002, 1003, 1005, 1007, 1009} | set(range(1000, 5000))
+    assert {1000, 1002} <= codes and codes <= {
+        None,
+        1000,
+        1001,
+        1002,
+        1003,
+        1005,
+        1007,
+        1009,
+    } | set(range(1000, 5000))
     served.settled(*before)
 
 
@@ -384,7 +460,10 @@ def test_websocket_ends_at_every_moment(served: Served) -> None:
 def test_json_bombs(served: Served) -> None:
     """Row 34: each is refused or stored as something that reads back as JSON."""
     task = served.task()
-    run, posts = task.rpartition("/steps")[0], (f"{task}/metadata", f"{task}/artifact", "/flows/F/run")
+    run, posts = (
+        task.rpartition("/steps")[0],
+        (f"{task}/metadata", f"{task}/artifact", "/flows/F/run"),
+    )
     bombs = [
         b"[" * 100_000, b'{"a":' * 100_000, b"[" * 3_000_000, b"9" * 100_000, b"-" + b"9" * 5000, b"NaN", b"-Infinity", b"Infinity",
         b'[{"field_name": "a", "value": NaN}]', b'[{"name": "a", "attempt_id": NaN}]', b'{"user_name": Infinity}',
@@ -393,13 +472,20 @@ def test_json_bombs(served: Served) -> None:
         b'[{"field_name": "a", "value": "v"}', b"// {}", b'[{"field_name": "a", "value": [[1]]}]', b'{"tags": ["a", {"b": 1}]}',
     ]  # fmt: skip
     for bomb in bombs:
-        for path in posts[:1] if b"field_name" in bomb else posts[1:2] if b'name"' in bomb else posts:
+        for path in (
+            posts[:1] if b"field_name" in bomb else posts[1:2] if b'name"' in bomb else posts
+        ):
             answer = served.client("POST", path, bomb)
             assert answer.status in (400, 413), (path, bomb[:60], answer)
-            assert set(answer.body) == {"id", "status", "title", "detail", "type"} and len(answer.body["detail"]) < 500
+            assert (
+                set(answer.body) == {"id", "status", "title", "detail", "type"}
+                and len(answer.body["detail"]) < 500
+            )
     doubled = b'[{"field_name": "twice", "value": "first", "value": "second"}]'
     assert served.client("POST", posts[0], doubled).status == 200
-    served.client.post(posts[0], [{"field_name": "lone", "value": "\ud800 \udfff", "tags": ["\udc80"]}])
+    served.client.post(
+        posts[0], [{"field_name": "lone", "value": "\ud800 \udfff", "tags": ["\udc80"]}]
+    )
     rows = {row["field_name"]: row["value"] for row in served.client.get(f"{task}/metadata")}
     assert rows == {"twice": "second", "lone": "\ud800 \udfff"}
     assert served.client.get(run)["flow_id"] == "F"
@@ -409,7 +495,9 @@ def test_numbers_beyond_json_never_reach_the_disk(served: Served) -> None:
     """1e999 is JSON and becomes infinite, which no other reader of the file or of the answer understands."""
     task = served.task()
     for value in (b"1e999", b"[1e999]", b"[1, -1e999]"):
-        served.client("POST", f"{task}/metadata", b'[{"field_name": "inf", "value": ' + value + b"}]")
+        served.client(
+            "POST", f"{task}/metadata", b'[{"field_name": "inf", "value": ' + value + b"}]"
+        )
     served.client("POST", f"{task}/artifact", b'[{"name": "inf", "sha": 1e999, "tags": []}]')
 
     def refuse(text: str) -> None:
@@ -442,7 +530,9 @@ def test_the_largest_body_and_one_byte_more(served: Served) -> None:
 
 def test_an_ordinary_client_learns_that_its_body_is_too_large(served: Served) -> None:
     """It sends all before it reads: the refusal must not be lost in a reset, which Metaflow's client retries."""
-    assert served.client("POST", "/flows/F/run", b"x" * (module.MAX_BODY + 1024 * 1024)).status == 413
+    assert (
+        served.client("POST", "/flows/F/run", b"x" * (module.MAX_BODY + 1024 * 1024)).status == 413
+    )
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(?:a?){40}a{40}$", "(?=a)(a+)+$", r"(a)(?:\1+)+$"])
@@ -458,7 +548,10 @@ def test_a_catastrophic_pattern_stops_nobody(served: Served, pattern: str) -> No
         f"/flows/F/runs?user:re={quote(pattern)}",
         f"/api{run}/tasks?taskId:re={quote(pattern)}",
     ]
-    threads = [threading.Thread(target=lambda t=t: found.append(served.client("GET", t).status)) for t in targets]
+    threads = [
+        threading.Thread(target=lambda t=t: found.append(served.client("GET", t).status))
+        for t in targets
+    ]
     for thread in threads:
         thread.start()
     waits = []
@@ -469,7 +562,9 @@ def test_a_catastrophic_pattern_stops_nobody(served: Served, pattern: str) -> No
         time.sleep(0.02)
     for thread in threads:
         thread.join()
-    assert set(found) <= {200, 400} and sorted(waits)[len(waits) * 9 // 10] < 0.5 and max(waits) < 2.0, (
+    assert (
+        set(found) <= {200, 400} and sorted(waits)[len(waits) * 9 // 10] < 0.5 and max(waits) < 2.0
+    ), (
         found,
         max(waits),
     )
@@ -496,7 +591,12 @@ def test_patterns_that_explode_take_few_processes(tmp_path: Path) -> None:
 
 # -- deadlines, caps, slow peers. The constants are real, only their values are smaller.
 
-QUICK = {"HEADER_TIMEOUT": 0.8, "BODY_TIMEOUT": 0.8, "KEEP_ALIVE_TIMEOUT": 0.8, "WRITE_TIMEOUT": 0.8}
+QUICK = {
+    "HEADER_TIMEOUT": 0.8,
+    "BODY_TIMEOUT": 0.8,
+    "KEEP_ALIVE_TIMEOUT": 0.8,
+    "WRITE_TIMEOUT": 0.8,
+}
 LATEST = 6.0  # s: two deadlines of 0.8 s, each seen up to a second late, on a busy machine
 
 
@@ -551,7 +651,8 @@ def test_slow_senders_are_sent_away(root: Path) -> None:
 
         with ThreadPoolExecutor(12) as pool:
             slow = [
-                pool.submit(dripped, b"", start + b"X-Slow: " + b"x" * 500, 0.1) for start in (head, b"\r\n" + head)
+                pool.submit(dripped, b"", start + b"X-Slow: " + b"x" * 500, 0.1)
+                for start in (head, b"\r\n" + head)
             ]
             patient = pool.submit(dripped, whole, b'{"user_name": "patient" }   ', 0.15)
             halves = (
@@ -563,10 +664,15 @@ def test_slow_senders_are_sent_away(root: Path) -> None:
                 chunked + b"0\r\nX-Trailer: ",
             )
             half = [pool.submit(stopped, sent) for sent in halves]
-            silent = [pool.submit(stopped, sent) for sent in (b"", b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n", b"\r\n")]
+            silent = [
+                pool.submit(stopped, sent)
+                for sent in (b"", b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n", b"\r\n")
+            ]
             for found in (*slow, *half):
                 assert found.result()[0] == [408] and found.result()[1] < LATEST
-            assert patient.result()[0] == [200] and patient.result()[1] > 3  # a body that goes on coming is waited for
+            assert (
+                patient.result()[0] == [200] and patient.result()[1] > 3
+            )  # a body that goes on coming is waited for
             for found in silent:  # silence between requests is no error
                 assert found.result()[0] in ([], [200], [408]) and found.result()[1] < LATEST
         served.settled(*before)
@@ -576,7 +682,12 @@ def test_silence_is_allowed_to_what_speaks_for_work(root: Path) -> None:
     with Served(root, quick=QUICK) as served:
         served.client.post("/flows/F", {})
         data = json.dumps(BODY).encode()
-        post = b"POST /flows/F/run HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(data) + data
+        post = (
+            b"POST /flows/F/run HTTP/1.1\r\n"
+            + HOST
+            + b"Content-Length: %d\r\n\r\n" % len(data)
+            + data
+        )
         with served.connect() as speaks, served.connect() as other:
             speaks.sendall(post)
             assert speaks.recv(65536).startswith(b"HTTP/1.1 200")
@@ -603,7 +714,9 @@ def test_readers_who_stop_reading_are_sent_away(root: Path, how: str) -> None:
         for _ in range(5):
             sock = served.connect(receive=2048)
             close = b"Connection: close\r\n" if how.startswith("close") else b""
-            sock.sendall(b"GET " + task.encode() + b"/metadata HTTP/1.1\r\n" + HOST + close + b"\r\n")
+            sock.sendall(
+                b"GET " + task.encode() + b"/metadata HTTP/1.1\r\n" + HOST + close + b"\r\n"
+            )
             if how == "half-close":
                 sock.shutdown(socket.SHUT_WR)
             assert sock.recv(1) == b"H"
@@ -623,7 +736,13 @@ def test_a_slow_reader_gets_everything(root: Path) -> None:
     with Served(root, quick=QUICK, buffer=4096) as served:
         task = large_task(served, 120_000)
         with served.connect(receive=2048) as sock:
-            sock.sendall(b"GET " + task.encode() + b"/metadata HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
+            sock.sendall(
+                b"GET "
+                + task.encode()
+                + b"/metadata HTTP/1.1\r\n"
+                + HOST
+                + b"Connection: close\r\n\r\n"
+            )
             got = b""
             while True:
                 data = sock.recv(3000)
@@ -640,7 +759,13 @@ def test_the_cap_on_connections(root: Path) -> None:
         task = served.task()
         before = census(served)
         inside = [served.connect() for _ in range(20)]
-        beat = b"POST " + task.encode() + b"/heartbeat HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}"
+        beat = (
+            b"POST "
+            + task.encode()
+            + b"/heartbeat HTTP/1.1\r\n"
+            + HOST
+            + b"Content-Length: 2\r\n\r\n{}"
+        )
         for sock in inside:
             sock.sendall(beat)
             assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
@@ -648,7 +773,9 @@ def test_the_cap_on_connections(root: Path) -> None:
             with served.connect() as sock:
                 assert answers(rest_of(sock)) == [503]
         refused = 0
-        for _ in range(10):  # a client that has sent its request already must not lose the answer in a reset
+        for _ in range(
+            10
+        ):  # a client that has sent its request already must not lose the answer in a reset
             refused += answers(served.raw(beat, half_close=False)) == [503]
         assert refused == 10
         for sock in inside:
@@ -668,7 +795,11 @@ def test_descriptors_run_out(root: Path) -> None:
         served.kill()
     log = open(str(root) + ".log", "ab")
     process = subprocess.Popen(
-        [*command, *COMMAND, "serve", "--root", str(root)], cwd=root, env=clean_env(), stderr=log, stdout=log
+        [*command, *COMMAND, "serve", "--root", str(root)],
+        cwd=root,
+        env=clean_env(),
+        stderr=log,
+        stdout=log,
     )
     try:
         state = root / ".metaflow/.mflocal/daemon.json"
@@ -796,7 +927,9 @@ def test_a_reader_who_is_late_gets_a_whole_replay(root: Path) -> None:
     for number in range(800):
         make_tree.make_run(str(root / ".metaflow"), "F", ms + number, ["x" * 10_000])
     with Served(root, buffer=4096) as served, served.websocket(receive=4096) as sock:
-        text = '{"type": "SUBSCRIBE", "uuid": "a", "resource": "/flows/F/runs", "since": %d}' % (ms // 1000)
+        text = '{"type": "SUBSCRIBE", "uuid": "a", "resource": "/flows/F/runs", "since": %d}' % (
+            ms // 1000
+        )
         sock.sendall(frame(TEXT, text.encode()))
         time.sleep(1.2)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -810,7 +943,9 @@ def test_a_slow_reader_is_no_deaf_one(root: Path) -> None:
         make_tree.make_run(str(root / ".metaflow"), "F", ms + number, ["x" * 10_000])
     quick = {"WS_PING_INTERVAL": 0.5, "WS_PING_TIMEOUT": 0.5}
     with Served(root, quick=quick, buffer=4096) as served, served.websocket(receive=4096) as sock:
-        text = '{"type": "SUBSCRIBE", "uuid": "a", "resource": "/flows/F/runs", "since": %d}' % (ms // 1000)
+        text = '{"type": "SUBSCRIBE", "uuid": "a", "resource": "/flows/F/runs", "since": %d}' % (
+            ms // 1000
+        )
         sock.sendall(frame(TEXT, text.encode()))
         heard = b""
         while heard.count(b'"INSERT"') < 100:
@@ -841,12 +976,20 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             file = root / ".metaflow/F/data" / sha[:2] / sha
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(gzip.compress(data, 1))
-            row = {"name": artifact, "attempt_id": 0, "sha": sha, "ds_type": "local", "content_type": "pickle-v4"}
+            row = {
+                "name": artifact,
+                "attempt_id": 0,
+                "sha": sha,
+                "ds_type": "local",
+                "content_type": "pickle-v4",
+            }
             served.client.post(f"{run}/steps/{name}/tasks/{task}/artifact", [row])
     return root, run
 
 
-def test_searches_leave_room_for_others_and_end_with_their_clients(searched: tuple[Path, str]) -> None:
+def test_searches_leave_room_for_others_and_end_with_their_clients(
+    searched: tuple[Path, str],
+) -> None:
     root, run = searched
     with Served(root) as served:
         assert served.client.get(f"/api{run}/parameters")["data"] == {"n": {"value": 3}}
@@ -855,7 +998,9 @@ def test_searches_leave_room_for_others_and_end_with_their_clients(searched: tup
         time.sleep(0.3)
         assert served.client.get(f"/api{run}/parameters")["data"] == {"n": {"value": 3}}
         for sock in socks:
-            assert b'"result"' not in sock.recv(65536)  # no search has come to its end in the meantime
+            assert b'"result"' not in sock.recv(
+                65536
+            )  # no search has come to its end in the meantime
         for sock in socks[:2]:
             sock.sendall(frame(PING, b"still there?"))
             heard = b""
@@ -933,8 +1078,13 @@ def test_a_stop_finishes_what_has_begun(root: Path) -> None:
         half.sendall(b"Content-Length: 2\r\n\r\n{}")
         assert answers(rest_of(half)) == [503] and answers(rest_of(slow)) in ([200], [400])
         assert served.process.wait(15) == 0 and "Traceback" not in served.log
-        assert time.monotonic() - began < module.DRAIN_TIMEOUT - 2  # as soon as all is said, not when time is up
-    assert not (served.metaflow / "Late").exists() and not (served.metaflow / ".mflocal/daemon.json").exists()
+        assert (
+            time.monotonic() - began < module.DRAIN_TIMEOUT - 2
+        )  # as soon as all is said, not when time is up
+    assert (
+        not (served.metaflow / "Late").exists()
+        and not (served.metaflow / ".mflocal/daemon.json").exists()
+    )
 
 
 def test_only_loopback_listens(served: Served) -> None:
@@ -944,9 +1094,9 @@ def test_only_loopback_listens(served: Served) -> None:
         for file in ("tcp", "tcp6")
         for line in Path(f"/proc/{served.pid}/net/{file}").read_text().splitlines()[1:]
     ]
-    assert [row[1] for row in rows if row[3] == "0A" and row[1].endswith(":%04X" % served.port)] == [
-        "0100007F:%04X" % served.port
-    ]
+    assert [
+        row[1] for row in rows if row[3] == "0A" and row[1].endswith(":%04X" % served.port)
+    ] == ["0100007F:%04X" % served.port]
 
 
 def test_what_browsers_are_told(root: Path, tmp_path: Path) -> None:
@@ -959,7 +1109,9 @@ def test_what_browsers_are_told(root: Path, tmp_path: Path) -> None:
     with Served(root, "--allow-origin", "http://ui.example:3000", env=env) as served:
         task = served.task()
         _, _, flow, _, run, _, step, _, number = task.split("/")
-        folder = served.metaflow.joinpath("mf.cards", flow, "runs", run, "steps", step, "tasks", number, "cards")
+        folder = served.metaflow.joinpath(
+            "mf.cards", flow, "runs", run, "steps", step, "tasks", number, "cards"
+        )
         folder.mkdir(parents=True)
         (folder / "default-abc123.html").write_text("<script>card</script>")
         log = served.metaflow.joinpath(flow, run, step, number, "0.task_stdout.log")
@@ -1003,10 +1155,19 @@ def test_ranges_of_files(root: Path, tmp_path: Path) -> None:
         for ranges, status in (("bytes=2-4", 206), ("bytes=-3", 206), ("bytes=9-", 206), ("bytes=10-", 416), ("bytes=5-2", 416), ("bytes=", 200),
                                ("bytes=" + "9" * 5000 + "-", 416), ("bytes=-" + "9" * 5000, 206), ("bytes=0-" + "9" * 5000, 206),
                                ("bytes=0-1,3-4", 200), ("bytes=²-", 200), ("lines=1-2", 200), ("bytes=-0", 416)):  # fmt: skip
-            got = served.raw(b"GET / HTTP/1.1\r\n" + HOST + b"Range: " + ranges.encode("latin-1") + b"\r\n\r\n")
+            got = served.raw(
+                b"GET / HTTP/1.1\r\n" + HOST + b"Range: " + ranges.encode("latin-1") + b"\r\n\r\n"
+            )
             assert answers(got)[0] == status, (ranges[:20], got[:200])
-        for path in ("/out.js", "/..%2findex.html", "/static/../../x", "/%2e%2e/%2e%2e/etc/hostname"):
-            assert Path("/etc/hostname").read_text().strip() not in str(served.client("GET", path).body)
+        for path in (
+            "/out.js",
+            "/..%2findex.html",
+            "/static/../../x",
+            "/%2e%2e/%2e%2e/etc/hostname",
+        ):
+            assert Path("/etc/hostname").read_text().strip() not in str(
+                served.client("GET", path).body
+            )
         assert "Traceback" not in served.log
 
 
@@ -1044,7 +1205,11 @@ NASTY = ["..", ".", "", "/", "//", "../../x", "..\\..", "a/b", "/etc/passwd", "\
          "latest_run", "mf.cards", "*", "?", "[a]", "~", "-", "a\nb", "\ud800", "é", "e\u0301", "ﬁ", "K", "x" * 255, "x" * 256,
          "ü" * 127, "CON", "a:b", "C:", "%2e%2e", "%2F", "..%2f", "_self", "_mflocal", "0", "00", "١", "²", "1" * 40]  # fmt: skip
 SERIAL = itertools.count(1)  # a run of its own for each example: none depends on those before
-names = st.sampled_from(NASTY) | st.text(max_size=12) | st.from_regex(r"[A-Za-z0-9._:-]{1,20}", fullmatch=True)
+names = (
+    st.sampled_from(NASTY)
+    | st.text(max_size=12)
+    | st.from_regex(r"[A-Za-z0-9._:-]{1,20}", fullmatch=True)
+)
 
 
 def ask(router: module.Router, method: str, path: str, body: Any = None) -> tuple[int, Any]:
@@ -1053,7 +1218,9 @@ def ask(router: module.Router, method: str, path: str, body: Any = None) -> tupl
 
     async def whole() -> tuple[int, Any]:
         path_only, _, query = path.partition("?")
-        request = module.Request(method, path_only, query, {"host": "localhost"}, data, authority="localhost")
+        request = module.Request(
+            method, path_only, query, {"host": "localhost"}, data, authority="localhost"
+        )
         try:
             result = router.dispatch(request)
             if not isinstance(result, module.Response):
@@ -1077,8 +1244,13 @@ def segment(text: str) -> str:
 def inside(path: str, metaflow_dir: str, flow: str) -> bool:
     """The rule: only .metaflow itself, its flow, the flow's cards, and the folder for temp files."""
     real = os.path.realpath(path)
-    own = [os.path.join(metaflow_dir, *parts) for parts in ((flow,), ("mf.cards",), (".mflocal", "tmp"))]
-    return real == metaflow_dir or any(real == place or real.startswith(place + os.sep) for place in own)
+    own = [
+        os.path.join(metaflow_dir, *parts)
+        for parts in ((flow,), ("mf.cards",), (".mflocal", "tmp"))
+    ]
+    return real == metaflow_dir or any(
+        real == place or real.startswith(place + os.sep) for place in own
+    )
 
 
 @settings(
@@ -1121,7 +1293,13 @@ def test_nothing_outside_is_opened(
             continue
         for key in values:  # one hostile part at a time, then all
             if f"{{{key}}}" in pattern:
-                calls.append((method, pattern, {**good, "hash": "x", "file": "x", "attempt": "0", key: values[key]}))
+                calls.append(
+                    (
+                        method,
+                        pattern,
+                        {**good, "hash": "x", "file": "x", "attempt": "0", key: values[key]},
+                    )
+                )
         calls.append((method, pattern, values))
     own = [("POST", "/flows/Flow/run", {"run_number": run}), ("POST", f"{base}/task", {"task_id": task}),
            ("POST", f"{base}/tasks/t-1/metadata", [{"field_name": name, "value": more, "type": more, "user_name": more}]),
@@ -1135,12 +1313,22 @@ def test_nothing_outside_is_opened(
         results += [ask(router, *call) for call in own]
     finally:
         watch.paths = None
-    assert not [result for result in results if result[0] >= 500 and result[0] != 501]  # 501: not a local datastore
-    assert not [result for result in results if "secret" in str(result[1]) and "secret" not in str(values)]
+    assert not [
+        result for result in results if result[0] >= 500 and result[0] != 501
+    ]  # 501: not a local datastore
+    assert not [
+        result for result in results if "secret" in str(result[1]) and "secret" not in str(values)
+    ]
     flows = [name for name in os.listdir(root) if name.isidentifier()]
-    wrong = [path for path in heard if not any(inside(path, root, name) for name in [*flows, "Flow", "x"])]
+    wrong = [
+        path
+        for path in heard
+        if not any(inside(path, root, name) for name in [*flows, "Flow", "x"])
+    ]
     # Python's own imports and pseudo random sources of asyncio are no business of ours.
-    wrong = [path for path in wrong if not path.endswith((".py", ".pyc", ".so")) and "python" not in path]
+    wrong = [
+        path for path in wrong if not path.endswith((".py", ".pyc", ".so")) and "python" not in path
+    ]
     assert wrong == []
     assert set(os.listdir(os.path.dirname(root))) == {".metaflow", "secret"}
     assert [name for name in os.listdir(root) if not name.isidentifier()] == [".mflocal"]
@@ -1167,7 +1355,9 @@ print(json.dumps(found))
 """
 
 
-def write_task(router: Any, base: str, task: str, user: str, rows: list[tuple[str, str, str]]) -> tuple[str, dict[str, Any]]:
+def write_task(
+    router: Any, base: str, task: str, user: str, rows: list[tuple[str, str, str]]
+) -> tuple[str, dict[str, Any]]:
     """Makes a task in a step, under its own name if that is taken; its id, and what was answered with 200."""
     status, answer = ask(router, "POST", f"{base}/task", {"user_name": user, "task_id": task})
     if status != 200:
@@ -1181,7 +1371,12 @@ def write_task(router: Any, base: str, task: str, user: str, rows: list[tuple[st
         if ask(router, "POST", f"{place}/metadata", [row])[0] == 200:
             facts.append([name, value, kind[:20]])
     for name, value, _ in rows:
-        if ask(router, "POST", f"{place}/artifact", [{"name": name, "sha": value, "attempt_id": 0}])[0] == 200:
+        if (
+            ask(
+                router, "POST", f"{place}/artifact", [{"name": name, "sha": value, "attempt_id": 0}]
+            )[0]
+            == 200
+        ):
             artifacts.append([name, value, 0])
     assert facts[0][0] == "attempt-done"
     found = {"user": answer["user_name"], "metadata": sorted(facts), "artifacts": sorted(artifacts)}
@@ -1200,9 +1395,20 @@ def test_local_mode_reads_back_what_was_written(parts: Any, tmp_path: Path) -> N
     @settings(max_examples=80, deadline=None, derandomize=True)
     @example(run=".hidden", step="start", task=".hidden", user="u", tag="t", rows=[("a", "b", "c")])
     @example(run="~", step="K", task="a:b", user="\ud800", tag="\udfff", rows=odd_rows)
-    @given(names, words, names, texts, texts, st.lists(st.tuples(names, texts, texts), max_size=4, unique_by=lambda r: r[0]))
-    def write(run: str, step: str, task: str, user: str, tag: str, rows: list[tuple[str, str, str]]) -> None:
-        status, answer = ask(router, "POST", "/flows/Flow/run", {"user_name": user, "tags": [tag], "run_number": run})
+    @given(
+        names,
+        words,
+        names,
+        texts,
+        texts,
+        st.lists(st.tuples(names, texts, texts), max_size=4, unique_by=lambda r: r[0]),
+    )
+    def write(
+        run: str, step: str, task: str, user: str, tag: str, rows: list[tuple[str, str, str]]
+    ) -> None:
+        status, answer = ask(
+            router, "POST", "/flows/Flow/run", {"user_name": user, "tags": [tag], "run_number": run}
+        )
         if status != 200:
             status, answer = ask(router, "POST", "/flows/Flow/run", {"tags": ["t"]})
             assert status == 200
@@ -1241,7 +1447,9 @@ SHIPPED += [
 
 
 @pytest.mark.parametrize("what, name", SHIPPED)
-def test_a_checkout_that_ships_our_state_gains_nothing(tmp_path: Path, name: str, what: str) -> None:
+def test_a_checkout_that_ships_our_state_gains_nothing(
+    tmp_path: Path, name: str, what: str
+) -> None:
     """Either it starts, with private files of its own, or it says in one line why not; nothing is followed."""
     project, victim = tmp_path / "p", tmp_path / "victim"
     state = project / ".metaflow" / ".mflocal"
@@ -1282,7 +1490,8 @@ def test_a_checkout_that_ships_our_state_gains_nothing(tmp_path: Path, name: str
             assert mflocal("url", cwd=project).stdout.strip().endswith(":%d" % told["port"])
             for own in ("daemon.json", "lock", "daemon.log"):
                 assert (
-                    stat.S_ISREG((state / own).lstat().st_mode) and stat.S_IMODE((state / own).lstat().st_mode) == 0o600
+                    stat.S_ISREG((state / own).lstat().st_mode)
+                    and stat.S_IMODE((state / own).lstat().st_mode) == 0o600
                 )
             assert mflocal("stop", cwd=project).returncode == 0
     finally:
@@ -1317,7 +1526,11 @@ def test_flows_that_are_links_are_not_written_through(tmp_path: Path, root: Path
 
 def tree(root: Path) -> dict[str, Any]:
     """Every file below .metaflow but the state, with its content."""
-    files = [path for path in (root / ".metaflow").rglob("*") if path.is_file() and ".mflocal" not in path.parts]
+    files = [
+        path
+        for path in (root / ".metaflow").rglob("*")
+        if path.is_file() and ".mflocal" not in path.parts
+    ]
     return {str(path): path.read_bytes() for path in files if path.name != "_mflocal.json"}
 
 
@@ -1332,8 +1545,15 @@ Sender = Callable[..., bytes]
 def send(served: Served) -> Sender:
     """One request as a browser would send it; all that comes back."""
 
-    def sent(method: bytes, path: bytes, *fields: bytes, host: bytes = b"localhost", body: bytes = b"") -> bytes:
-        lines = [method + b" " + path + b" HTTP/1.1", b"Host: " + host, b"Connection: close", *fields]
+    def sent(
+        method: bytes, path: bytes, *fields: bytes, host: bytes = b"localhost", body: bytes = b""
+    ) -> bytes:
+        lines = [
+            method + b" " + path + b" HTTP/1.1",
+            b"Host: " + host,
+            b"Connection: close",
+            *fields,
+        ]
         if body:
             lines.append(b"Content-Length: %d" % len(body))
         return served.raw(b"\r\n".join(lines) + b"\r\n\r\n" + body, half_close=False)
@@ -1358,15 +1578,24 @@ def test_what_a_page_can_send(served: Served, send: Sender) -> None:
             assert answers(got) == [403], (way, path, got[:300])
             assert b"Access-Control-Allow" not in got and b'"flow_id"' not in got
         upgrade = send(
-            b"GET", b"/api/ws", *way, UPGRADE[:-2].replace(b"Connection: Upgrade", b"Connection: close, Upgrade")
+            b"GET",
+            b"/api/ws",
+            *way,
+            UPGRADE[:-2].replace(b"Connection: Upgrade", b"Connection: close, Upgrade"),
         )
-        assert b" 403 " in upgrade.split(b"\r\n")[0] or b" 400 " in upgrade.split(b"\r\n")[0], upgrade[:200]
-        asked = served.raw(b"GET /api/ws HTTP/1.1\r\n" + HOST + b"\r\n".join(way) + b"\r\n" + UPGRADE + b"\r\n")
+        assert b" 403 " in upgrade.split(b"\r\n")[0] or b" 400 " in upgrade.split(b"\r\n")[0], (
+            upgrade[:200]
+        )
+        asked = served.raw(
+            b"GET /api/ws HTTP/1.1\r\n" + HOST + b"\r\n".join(way) + b"\r\n" + UPGRADE + b"\r\n"
+        )
         assert asked.startswith(b"HTTP/1.1 403 "), asked[:200]
     preflight = send(b"OPTIONS", b"/flows/F", EVIL, b"Access-Control-Request-Method: POST")
     assert answers(preflight) == [403] and b"Access-Control-Allow" not in preflight
     kind = b"Content-Type: application/x-www-form-urlencoded"
-    assert answers(send(b"POST", b"/flows/Evil", b"Sec-Fetch-Site: same-site", kind, body=b"{}")) == [403]
+    assert answers(
+        send(b"POST", b"/flows/Evil", b"Sec-Fetch-Site: same-site", kind, body=b"{}")
+    ) == [403]
     assert tree(served.root) == before
 
 
@@ -1378,14 +1607,23 @@ def test_names_of_other_hosts_are_refused(served: Served, send: Sender) -> None:
             got = send(b"GET", path, host=host)
             assert answers(got) == [403] and b'"flow_id"' not in got, (host, path, got[:200])
         rebound = served.raw(
-            b"GET /api/ws HTTP/1.1\r\nHost: " + host + b"\r\nOrigin: http://" + host + b"\r\n" + UPGRADE + b"\r\n"
+            b"GET /api/ws HTTP/1.1\r\nHost: "
+            + host
+            + b"\r\nOrigin: http://"
+            + host
+            + b"\r\n"
+            + UPGRADE
+            + b"\r\n"
         )
         assert rebound.startswith(b"HTTP/1.1 403 ")
 
 
 def test_friends_are_served(served: Served, send: Sender) -> None:
     friend = send(b"GET", b"/flows", b"Origin: http://localhost:3000")
-    assert answers(friend) == [200] and b"Access-Control-Allow-Origin: http://localhost:3000\r\n" in friend
+    assert (
+        answers(friend) == [200]
+        and b"Access-Control-Allow-Origin: http://localhost:3000\r\n" in friend
+    )
     for host in (b"127.0.0.1:1", b"[::1]:99", b"LOCALHOST", b"x.localhost"):
         assert answers(send(b"GET", b"/flows", host=host)) == [200]
     with served.websocket(headers=b"Origin: http://localhost:3000\r\n"):
@@ -1438,7 +1676,9 @@ def open_root() -> Iterator[Path]:
 def test_a_neighbour_reaches_no_state(open_root: Path) -> None:
     old = os.umask(0o000)  # the worst that the owner can have
     try:
-        with Served(open_root, env=clean_env(METAFLOW_LOCAL_SERVICE_AUTH_KEY="secret-key")) as served:
+        with Served(
+            open_root, env=clean_env(METAFLOW_LOCAL_SERVICE_AUTH_KEY="secret-key")
+        ) as served:
             state = open_root / ".metaflow" / ".mflocal"
             for act in (lambda: os.listdir(state), lambda: (state / "daemon.json").read_text(), lambda: (state / "lock").write_text("1"),
                         lambda: (state / "daemon.json").unlink(), lambda: (state / "x.tmp").write_text(""), lambda: os.listdir(state / "tmp"),
@@ -1457,12 +1697,17 @@ def test_a_neighbour_reaches_no_state(open_root: Path) -> None:
                 ]
                 found.append(served.client("POST", "/flows/Theirs", {}).status)
                 found.append(
-                    served.client("POST", "/_mflocal/stop", {"force": True}, {"x-mflocal-token": "0" * 48}).status
+                    served.client(
+                        "POST", "/_mflocal/stop", {"force": True}, {"x-mflocal-token": "0" * 48}
+                    ).status
                 )
                 found.append(served.client("GET", "/ping").status)
                 return found
 
-            assert as_nobody(talk) == ["ok", [401, 401, 403, 401, 401, 401, 401, 401, 200, 401, 403, 200]]
+            assert as_nobody(talk) == [
+                "ok",
+                [401, 401, 403, 401, 401, 401, 401, 401, 200, 401, 403, 200],
+            ]
             assert served.client("GET", "/flows", headers={"x-api-key": "secret-key"}).status == 200
             assert served.process.poll() is None and not (open_root / ".metaflow/Theirs").exists()
     finally:
@@ -1474,7 +1719,9 @@ def test_what_a_neighbour_plants_is_not_followed(open_root: Path) -> None:
     """In a .metaflow that others may write to, before our start: a state directory of theirs, links in place of flows."""
     victim = open_root.parent / "victim"
     victim.mkdir(mode=0o700)
-    (victim / "_self.json").write_text('{"flow_id": "F", "run_number": "1", "ts_epoch": 1, "tags": ["victim"]}')
+    (victim / "_self.json").write_text(
+        '{"flow_id": "F", "run_number": "1", "ts_epoch": 1, "tags": ["victim"]}'
+    )
     metaflow = open_root / ".metaflow"
     metaflow.mkdir()
     metaflow.chmod(0o777)
@@ -1497,13 +1744,18 @@ def test_what_a_neighbour_plants_is_not_followed(open_root: Path) -> None:
     with Served(open_root) as served:
         assert served.client("GET", "/flows/F/runs/1").status == 404
         assert served.client("POST", "/flows/F/runs/1/heartbeat", {}).status == 404
-        assert served.client("PATCH", "/flows/F/runs/1/tag/mutate", {"tags_to_add": ["x"]}).status == 404
+        assert (
+            served.client("PATCH", "/flows/F/runs/1/tag/mutate", {"tags_to_add": ["x"]}).status
+            == 404
+        )
         assert served.client("POST", "/flows/F/run", {"run_number": "1"}).status == 400
     assert os.listdir(victim) == ["_self.json"] and (victim / "_self.json").read_text() == before
 
 
 @pytest.mark.parametrize("level", ["flow", "run", "step", "task", "_meta"])
-def test_a_directory_replaced_by_a_link_is_not_followed(root: Path, tmp_path: Path, level: str) -> None:
+def test_a_directory_replaced_by_a_link_is_not_followed(
+    root: Path, tmp_path: Path, level: str
+) -> None:
     """It was a directory when it was read; then somebody put a link in its place."""
     outside = tmp_path / "outside"
     with Served(root) as served:
@@ -1528,4 +1780,7 @@ def test_a_directory_replaced_by_a_link_is_not_followed(root: Path, tmp_path: Pa
             (f"{task}/artifact", [{"name": "a"}]),
         ):
             served.client("POST", path, body)
-        assert sorted(str(path) for path in outside.rglob("*") if path.name != "_mflocal.json") == before
+        assert (
+            sorted(str(path) for path in outside.rglob("*") if path.name != "_mflocal.json")
+            == before
+        )

@@ -64,7 +64,11 @@ VECTORS = [
         b"Connection: keep-alive\r\nContent-Length: 2\r\n\r\n{}",
         [("POST", "/flows/F/runs/1/heartbeat", "", b"{}")],
     ),
-    Vector("usual-query", line_of(b"GET /a/b?x=1&y=%20?z HTTP/1.1"), [("GET", "/a/b", "x=1&y=%20?z", b"")]),
+    Vector(
+        "usual-query",
+        line_of(b"GET /a/b?x=1&y=%20?z HTTP/1.1"),
+        [("GET", "/a/b", "x=1&y=%20?z", b"")],
+    ),
     Vector("usual-double-slash", line_of(b"GET //a//b HTTP/1.1"), [("GET", "//a//b", "", b"")]),
     Vector("usual-http10", b"GET /ping HTTP/1.0\r\n\r\n", [PING]),
     Vector("usual-empty-value", get_with(b"X-A:", b"X-B: \t "), [PING]),
@@ -75,7 +79,10 @@ VECTORS = [
             line_of(m + b" / HTTP/1.1")
             for m in (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE")
         ),
-        [(m, "/", "", b"") for m in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")],
+        [
+            (m, "/", "", b"")
+            for m in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+        ],
     ),
     Vector(
         "row-01-cl-and-te",
@@ -93,12 +100,20 @@ VECTORS = [
         [400],
     ),
     Vector(
-        "row-02-two-cl-different", post_with(b"Content-Length: 2", b"Content-Length: 3", body=b"abc"), [400]
+        "row-02-two-cl-different",
+        post_with(b"Content-Length: 2", b"Content-Length: 3", body=b"abc"),
+        [400],
     ),
-    Vector("row-02-two-cl-equal", post_with(b"Content-Length: 2", b"content-length: 2", body=b"ab"), [400]),
+    Vector(
+        "row-02-two-cl-equal",
+        post_with(b"Content-Length: 2", b"content-length: 2", body=b"ab"),
+        [400],
+    ),
     Vector("row-02-comma-list", post_with(b"Content-Length: 2, 2", body=b"ab"), [400]),
     *(
-        Vector(f"row-03-{name}", post_with(b"Content-Length: " + value, body=b"abcdef") + NEXT, [400])
+        Vector(
+            f"row-03-{name}", post_with(b"Content-Length: " + value, body=b"abcdef") + NEXT, [400]
+        )
         for name, value in [
             ("plus-sign", b"+5"),
             ("minus-sign", b"-1"),
@@ -115,11 +130,15 @@ VECTORS = [
         ]
     ),
     Vector("row-03-leading-zeros", post_with(b"Content-Length: 0002", body=b"ab"), [post(b"ab")]),
-    Vector("row-03-spaces-around", post_with(b"Content-Length: \t 2 \t", body=b"ab"), [post(b"ab")]),
+    Vector(
+        "row-03-spaces-around", post_with(b"Content-Length: \t 2 \t", body=b"ab"), [post(b"ab")]
+    ),
     Vector("row-03-zero", post_with(b"Content-Length: 0") + NEXT, [post(), PING]),
     *(
         Vector(
-            f"row-04-{name}", post_with(b"Transfer-Encoding: " + value, body=b"0\r\n\r\n") + NEXT, [status]
+            f"row-04-{name}",
+            post_with(b"Transfer-Encoding: " + value, body=b"0\r\n\r\n") + NEXT,
+            [status],
         )
         for name, value, status in [
             ("xchunked", b"xchunked", 501),
@@ -145,9 +164,15 @@ VECTORS = [
         [400],
     ),
     Vector(
-        "row-04-case-insensitive", post_with(b"TRANSFER-encoding:\tChUnKeD ", body=chunks(b"a")), [post(b"a")]
+        "row-04-case-insensitive",
+        post_with(b"TRANSFER-encoding:\tChUnKeD ", body=chunks(b"a")),
+        [post(b"a")],
     ),
-    Vector("row-05-http10", b"POST /flows/F HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [400]),
+    Vector(
+        "row-05-http10",
+        b"POST /flows/F HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        [400],
+    ),
     Vector(
         "row-06-chunked",
         CHUNKED + b"3\r\nabc\r\nA\r\n0123456789\r\n000\r\n\r\n" + NEXT,
@@ -189,7 +214,9 @@ VECTORS = [
     Vector("row-08-cr-inside", CHUNKED + b"1;a\rb\r\nx\r\n0\r\n\r\n", [400]),
     Vector("row-08-not-a-token", CHUNKED + b"1;a=(\r\nx\r\n0\r\n\r\n", [400]),
     Vector("row-08-open-quote", CHUNKED + b'1;a="b\r\nx\r\n0\r\n\r\n', [400]),
-    Vector("row-08-longest-line", CHUNKED + b"1;" + b"a" * 254 + b"\r\nx\r\n0\r\n\r\n", [post(b"x")]),
+    Vector(
+        "row-08-longest-line", CHUNKED + b"1;" + b"a" * 254 + b"\r\nx\r\n0\r\n\r\n", [post(b"x")]
+    ),
     Vector("row-08-line-too-long", CHUNKED + b"1;" + b"a" * 255 + b"\r\nx\r\n0\r\n\r\n", [400]),
     Vector("row-08-endless-line", CHUNKED + b"1;" + b"a" * 300, [400]),
     Vector("row-08-too-many-extensions", CHUNKED + (b"1;" + b"a" * 254 + b"\r\nx\r\n") * 70, [400]),
@@ -247,7 +274,11 @@ VECTORS = [
         ]
     ),
     *(
-        Vector(f"row-14-{c:#04x}", get_with(b"X-A: a" + bytes((c,)) + b"b"), [PING] if c == 9 else [400])
+        Vector(
+            f"row-14-{c:#04x}",
+            get_with(b"X-A: a" + bytes((c,)) + b"b"),
+            [PING] if c == 9 else [400],
+        )
         for c in (0, 1, 8, 9, 11, 12, 14, 27, 31, 127)
     ),
     Vector("row-15-missing", b"GET /ping HTTP/1.1\r\n\r\n", [400]),
@@ -313,7 +344,11 @@ VECTORS = [
             "Sec-Fetch-Site",
         )
     ),
-    Vector("row-16-lists-may-repeat", get_with(b"Accept: a", b"Accept: b", b"X-A: 1", b"x-a: 2"), [PING]),
+    Vector(
+        "row-16-lists-may-repeat",
+        get_with(b"Accept: a", b"Accept: b", b"X-A: 1", b"x-a: 2"),
+        [PING],
+    ),
     *(
         Vector(f"row-17-{name}", line_of(line) + NEXT, [status])
         for name, line, status in [
@@ -346,7 +381,9 @@ VECTORS = [
     Vector("row-18-absolute", line_of(b"GET http://localhost:8080/ping HTTP/1.1"), [PING]),
     Vector("row-18-absolute-upper", line_of(b"GET HTTP://LOCALHOST:8080/ping HTTP/1.1"), [PING]),
     Vector(
-        "row-18-absolute-no-path", line_of(b"GET http://localhost:8080 HTTP/1.1"), [("GET", "/", "", b"")]
+        "row-18-absolute-no-path",
+        line_of(b"GET http://localhost:8080 HTTP/1.1"),
+        [("GET", "/", "", b"")],
     ),
     Vector(
         "row-18-absolute-query",
@@ -409,9 +446,13 @@ VECTORS = [
     Vector("row-20-sslv2", b"\x80\x2e\x01\x00\x02", [400]),
     Vector("row-20-http2-preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505]),
     Vector(
-        "row-21-continue", post_with(b"Expect: 100-continue", b"Content-Length: 2", body=b"{}"), [post(b"{}")]
+        "row-21-continue",
+        post_with(b"Expect: 100-continue", b"Content-Length: 2", body=b"{}"),
+        [post(b"{}")],
     ),
-    Vector("row-21-unknown", post_with(b"Expect: 200-maybe", b"Content-Length: 2", body=b"{}"), [417]),
+    Vector(
+        "row-21-unknown", post_with(b"Expect: 200-maybe", b"Content-Length: 2", body=b"{}"), [417]
+    ),
     Vector("row-21-http10-ignored", b"GET /ping HTTP/1.0\r\nExpect: x\r\n\r\n", [PING]),
     Vector(
         "row-22-pipelined",
@@ -433,7 +474,9 @@ VECTORS = [
         [PING, PING],
     ),
     Vector(
-        "row-22-body-is-not-a-request", post_with(b"Content-Length: %d" % len(NEXT), body=NEXT), [post(NEXT)]
+        "row-22-body-is-not-a-request",
+        post_with(b"Content-Length: %d" % len(NEXT), body=NEXT),
+        [post(NEXT)],
     ),
     Vector(
         "row-22-get-with-body",
@@ -454,14 +497,24 @@ VECTORS = [
     Vector("row-27-bad-byte-before-the-limit", b"GET /" + LONG[:8000] + b"\x01" + LONG, [400]),
     Vector("row-27-bad-byte-behind-the-limit", b"GET /" + LONG + b"\x01" + LONG, [414]),
     Vector("row-27-cr-at-the-limit", LONG + b"\rx", [400]),
-    Vector("row-28-block-too-large", get_with(*[b"X-%d: " % i + LONG[:4096] for i in range(17)]), [431]),
     Vector(
-        "row-28-endless-block", GET + b"".join(b"X-%d: " % i + LONG[:8000] + b"\r\n" for i in range(9)), [431]
+        "row-28-block-too-large", get_with(*[b"X-%d: " % i + LONG[:4096] for i in range(17)]), [431]
     ),
-    Vector("row-28-large-but-good", get_with(*[b"X-%d: " % i + LONG[:4096] for i in range(15)]), [PING]),
+    Vector(
+        "row-28-endless-block",
+        GET + b"".join(b"X-%d: " % i + LONG[:8000] + b"\r\n" for i in range(9)),
+        [431],
+    ),
+    Vector(
+        "row-28-large-but-good", get_with(*[b"X-%d: " % i + LONG[:4096] for i in range(15)]), [PING]
+    ),
     Vector("row-29-most-headers", get_with(*[b"A: 1"] * 99), [PING]),
     Vector("row-29-too-many-headers", get_with(*[b"A: 1"] * 100), [431]),
-    Vector("row-30-body-too-large", post_with(b"Content-Length: %d" % (mflocal.MAX_BODY + 1)) + NEXT, [413]),
+    Vector(
+        "row-30-body-too-large",
+        post_with(b"Content-Length: %d" % (mflocal.MAX_BODY + 1)) + NEXT,
+        [413],
+    ),
     Vector("row-30-body-absurd", post_with(b"Content-Length: 9999999999999999999"), [413]),
     Vector("row-30-chunk-too-large", CHUNKED + b"%x\r\n" % (mflocal.MAX_BODY + 1) + NEXT, [413]),
     Vector("row-30-chunks-too-large", CHUNKED + b"1\r\nx\r\n%x\r\n" % mflocal.MAX_BODY, [413]),
@@ -505,7 +558,9 @@ def offsets(data: bytes) -> Iterable[int]:
         return range(1, len(data))
     near = {at + d for at in range(len(data)) if data[at] in b"\r\n" for d in (-1, 0, 1, 2)}
     ends = set(range(1, 60)) | set(range(len(data) - 60, len(data)))
-    limits = {mflocal.MAX_LINE + d for d in range(-3, 30)} | set(range(97, len(data), 1 + len(data) // 50))
+    limits = {mflocal.MAX_LINE + d for d in range(-3, 30)} | set(
+        range(97, len(data), 1 + len(data) // 50)
+    )
     return sorted(
         at
         for at in set(random.Random(1).sample(sorted(near), min(len(near), 60))) | ends | limits
@@ -615,7 +670,11 @@ def test_row_30_largest_body_in_small_pieces() -> None:
         assert parser.next() is None
     parser.feed(piece + NEXT)
     request = parser.next()
-    assert request is not None and len(request.body) == mflocal.MAX_BODY and isinstance(request.body, bytes)
+    assert (
+        request is not None
+        and len(request.body) == mflocal.MAX_BODY
+        and isinstance(request.body, bytes)
+    )
     assert parser.next() is not None
 
 
@@ -647,7 +706,12 @@ def test_phase_after_an_error_is_done() -> None:
     parser = RequestParser()
     parser.feed(b"\0")
     assert problem_of(parser.next).status == 400
-    assert (parser.phase, parser.done, parser.in_message, parser.next()) == ("done", True, False, None)
+    assert (parser.phase, parser.done, parser.in_message, parser.next()) == (
+        "done",
+        True,
+        False,
+        None,
+    )
 
 
 def test_row_21_continue_is_wanted_once_and_only_before_the_body() -> None:
@@ -725,7 +789,12 @@ def test_rest_after_an_upgrade() -> None:
 
 def test_headers_are_lower_case_joined_and_trimmed() -> None:
     request = parse(get_with(b"ACCEPT: a", b"Accept:b", b"X-Odd_Name!:  v \t", b"X-L: \xe4"))
-    assert request.headers == {"host": "localhost:8080", "accept": "a, b", "x-odd_name!": "v", "x-l": "ä"}
+    assert request.headers == {
+        "host": "localhost:8080",
+        "accept": "a, b",
+        "x-odd_name!": "v",
+        "x-l": "ä",
+    }
 
 
 @pytest.mark.parametrize(
@@ -742,7 +811,14 @@ def test_headers_are_lower_case_joined_and_trimmed() -> None:
     ],
 )
 def test_keep_alive(lines: tuple[bytes, ...], version: bytes, keep: bool) -> None:
-    data = b"GET / HTTP/" + version + b"\r\n" + H + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
+    data = (
+        b"GET / HTTP/"
+        + version
+        + b"\r\n"
+        + H
+        + b"".join(line + b"\r\n" for line in lines)
+        + b"\r\n"
+    )
     request = parse(data)
     assert request.keep_alive is keep
     assert request.http10 is (version == b"1.0")
@@ -853,7 +929,8 @@ def test_row_15_split_host_never_raises_anything_else() -> None:
     source = random.Random(15)
     for _ in range(20_000):
         value = "".join(
-            source.choice("[]:%.@/\\-_019afzZ \t\0\xff\u0663\ud800") for _ in range(source.randrange(12))
+            source.choice("[]:%.@/\\-_019afzZ \t\0\xff\u0663\ud800")
+            for _ in range(source.randrange(12))
         )
         try:
             host, port = mflocal.split_host(value)
@@ -988,7 +1065,11 @@ def test_stream() -> None:
     response = Response(200, content_type="text/plain", stream=_pieces())
     http11, http10 = parse(NEXT), Request("GET", http10=True)
     first, headers, body = head_of(response.encode(http11))
-    assert headers["Transfer-Encoding"] == "chunked" and "Content-Length" not in headers and body == b""
+    assert (
+        headers["Transfer-Encoding"] == "chunked"
+        and "Content-Length" not in headers
+        and body == b""
+    )
     assert response.keeps_alive(http11)
     first, headers, body = head_of(response.encode(http10))
     assert "Transfer-Encoding" not in headers and headers["Connection"] == "close"
@@ -1031,7 +1112,12 @@ def test_row_25_real_client_stays_in_sync() -> None:
     stream = Response(200, content_type="text/plain", stream=_pieces())
     tail = mflocal.encode_chunk(b"one") + mflocal.encode_chunk(b"two") + mflocal.LAST_CHUNK
     request, answer, body = wire.ask(ok, "POST", "/flows/F", body=b"{}", headers={"X-Api-Key": "k"})
-    assert (request.body, request.headers["x-api-key"], answer.status, body) == (b"{}", "k", 200, b'{"n": 1}')
+    assert (request.body, request.headers["x-api-key"], answer.status, body) == (
+        b"{}",
+        "k",
+        200,
+        b'{"n": 1}',
+    )
     request, answer, body = wire.ask(ok, "HEAD", "/x")
     assert (answer.getheader("Content-Length"), body) == ("8", b"")
     request, answer, body = wire.ask(Response(204, b"dropped"), "OPTIONS", "*")

@@ -44,7 +44,11 @@ def start(project: Path) -> Iterator[Start]:
     started: list[Started] = []
 
     def start(
-        name: str, *words: str, options: tuple[str, ...] = (), how: type[Started] = Started, **env: str
+        name: str,
+        *words: str,
+        options: tuple[str, ...] = (),
+        how: type[Started] = Started,
+        **env: str,
     ) -> Started:
         path = flow_file(project, name)
         number = str(len(started)) if started else ""
@@ -96,7 +100,10 @@ def test_kill_9_of_a_task_is_seen_at_once(project: Path, start: Start) -> None:
     kill(runtime, signal.SIGCONT)
     assert run.wait() == 1
     ended = soon(client, pathspec, lambda s: s.run == "failed", time.monotonic())
-    assert ended.task() == "failed" and ended.rows["start", 0]["finished_at"] == after.rows["start", 0]["finished_at"]
+    assert (
+        ended.task() == "failed"
+        and ended.rows["start", 0]["finished_at"] == after.rows["start", 0]["finished_at"]
+    )
     assert ended.run_row["finished_at"] >= clock * 1000
 
 
@@ -143,7 +150,9 @@ def test_kill_9_of_the_whole_group_and_it_stays_so(project: Path, start: Start) 
     pid, runtime, pathspec = run.note("start-0")
     client, clock = client_of(project), time.time()
     os.killpg(run.process.pid, signal.SIGKILL)
-    after = soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    after = soon(
+        client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic()
+    )
     assert died_at_once(after.run_row, clock) and died_at_once(after.rows["start", 0], clock)
     assert not running(pid) and not running(runtime)
     mflocal("restart", cwd=project, check=True)
@@ -184,9 +193,14 @@ def test_ctrl_c(project: Path, start: Start) -> None:
     client = client_of(project)
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
     assert run.wait() != 0
-    seen = soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    seen = soon(
+        client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic()
+    )
     assert not running(pid) and seen.run_row["finished_at"] is not None
-    assert "Traceback" not in run.output.replace("KeyboardInterrupt", "") or "mflocal.py" not in run.output
+    assert (
+        "Traceback" not in run.output.replace("KeyboardInterrupt", "")
+        or "mflocal.py" not in run.output
+    )
 
 
 @needs_pool
@@ -220,7 +234,9 @@ def test_timeout(project: Path, start: Start) -> None:
     client = client_of(project)
     assert see(client, pathspec).task() == "running"
     assert run.wait() == 1
-    seen = soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    seen = soon(
+        client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic()
+    )
     rows = client.get(f"{api_path(pathspec)}/metadata")
     assert [row["value"] for row in rows if row["field_name"] == "attempt_ok"] == ["False"]
     assert seen.rows["start", 0]["finished_at"] is not None
@@ -306,7 +322,11 @@ def test_deaths_after_the_daemon_came_back(project: Path, start: Start) -> None:
     pid, _, pathspec = run.note("start-0")
     client, old = client_of(project), daemon_state(project)
     kill(old["pid"])
-    wait_for(lambda: daemon_state(project)["pid"] != old["pid"] and daemon_state(project)["state"] == "ready")
+    wait_for(
+        lambda: (
+            daemon_state(project)["pid"] != old["pid"] and daemon_state(project)["state"] == "ready"
+        )
+    )
     assert see(client, pathspec).task() == "running"
     kill(pid)
     assert run.wait() == 1
@@ -344,7 +364,11 @@ def test_a_forked_child_outlives_its_finished_task(project: Path, start: Start) 
     run.say()
     assert run.wait() == 0 and running(child)
     seen = see(client, pathspec)
-    assert (seen.run, seen.task("start"), seen.task("end")) == ("completed", "completed", "completed")
+    assert (seen.run, seen.task("start"), seen.task("end")) == (
+        "completed",
+        "completed",
+        "completed",
+    )
     told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
     assert told["active_runs"] == [] and told["idle_left"] is not None
     wait_for(lambda: not (project / ".metaflow/.mflocal/daemon.json").exists(), 6)
@@ -364,7 +388,9 @@ def test_a_forked_child_outlives_its_killed_task(project: Path, start: Start) ->
 
 def test_a_forked_child_and_the_next_attempt(project: Path, start: Start) -> None:
     """The next attempt of the task decides that the one before has died."""
-    run = start("live_fork.py", "run", "--how", "hold", "--with", "retry:times=1,minutes_between_retries=0")
+    run = start(
+        "live_fork.py", "run", "--how", "hold", "--with", "retry:times=1,minutes_between_retries=0"
+    )
     child = run.note("child-0")[0]
     pid, _, pathspec = run.note("start-0")
     client = client_of(project)
@@ -409,7 +435,9 @@ def test_two_flows_under_one_daemon(project: Path, start: Start) -> None:
     with Watch(client, "LiveMany") as watch:
         kill(pid)
         assert first.wait() == 1
-        soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+        soon(
+            client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic()
+        )
         seen = see(client, other)
         assert (seen.run, seen.task("work")) == ("running", "running")
         second.say()
@@ -464,7 +492,9 @@ def test_a_flow_left_in_the_background_that_dies(project: Path, start: Start) ->
 def test_what_a_living_wrapper_has_finished_is_not_active(project: Path) -> None:
     """Also after the daemon came back, which remembers nothing: `stop` needs no --force."""
     flow_file(project, "e2e_linear.py")
-    run = Started(project, "sh", "-c", f"{PYTHON} e2e_linear.py run && touch $NOTES/done && sleep 60")
+    run = Started(
+        project, "sh", "-c", f"{PYTHON} e2e_linear.py run && touch $NOTES/done && sleep 60"
+    )
     try:
         wait_for(lambda: (run.notes / "done").exists())
         mflocal("restart", cwd=project, check=True)
@@ -500,12 +530,19 @@ open(os.environ["NOTES"] + "/done", "w").close()
 while not os.path.exists(os.environ["NOTES"] + "/go"): time.sleep(0.05)
 """
     run = Started(
-        project, PYTHON, "-c", code, options=("--heartbeats", "sidecar"), METAFLOW_LOCAL_SERVICE_RUN_CUTOFF="1"
+        project,
+        PYTHON,
+        "-c",
+        code,
+        options=("--heartbeats", "sidecar"),
+        METAFLOW_LOCAL_SERVICE_RUN_CUTOFF="1",
     )
     try:
         wait_for(lambda: (run.notes / "done").exists())
         client = client_of(project)
-        row = wait_for(lambda: [r for r in client.get("/api/flows/F/runs")["data"] if r["status"] == "failed"])[0]
+        row = wait_for(
+            lambda: [r for r in client.get("/api/flows/F/runs")["data"] if r["status"] == "failed"]
+        )[0]
         time.sleep(2)
         if how == "restart":
             mflocal("restart", cwd=project, check=True)
@@ -515,7 +552,10 @@ while not os.path.exists(os.environ["NOTES"] + "/go"): time.sleep(0.05)
             assert run.wait() == 0
         after = client_of(project).get("/api/flows/F/runs")["data"][0]
         assert (after["status"], after["finished_at"]) == ("failed", row["finished_at"])
-        assert json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)["active_runs"] == []
+        assert (
+            json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)["active_runs"]
+            == []
+        )
     finally:
         run.end()
 
@@ -534,11 +574,17 @@ def test_resume_of_a_killed_run(project: Path, start: Start) -> None:
         _, _, again = resumed.note("work-0-0")
         assert again.split("/")[1] != pathspec.split("/")[1]
         seen = see(client, again)
-        assert (seen.run, seen.task("start"), see(client, pathspec).run) == ("running", "completed", "failed")
+        assert (seen.run, seen.task("start"), see(client, pathspec).run) == (
+            "running",
+            "completed",
+            "failed",
+        )
         resumed.say()
         assert resumed.wait() == 0, resumed.output
     flow_run = "/".join(again.split("/")[:2])
-    assert see(client, again).run == "completed" and not [n for n in watch.ever("failed") if n.startswith(flow_run)]
+    assert see(client, again).run == "completed" and not [
+        n for n in watch.ever("failed") if n.startswith(flow_run)
+    ]
     assert see(client, pathspec).run_row == before.run_row
 
 
@@ -556,7 +602,10 @@ def test_parallel_nodes(project: Path, start: Start) -> None:
     name = second.split("/")[-1]
     soon(client, first, lambda s: nodes_of(client, first)[name]["status"] == "failed", killed)
     assert died_at_once(nodes_of(client, first)[name], clock)
-    assert see(client, first).run == "running" and nodes_of(client, first)[first.split("/")[-1]]["status"] == "running"
+    assert (
+        see(client, first).run == "running"
+        and nodes_of(client, first)[first.split("/")[-1]]["status"] == "running"
+    )
     run.say()
     assert run.wait() == 1
     soon(client, first, lambda s: s.run == "failed", time.monotonic())
@@ -618,7 +667,9 @@ def test_reading_is_not_speaking(project: Path, start: Start) -> None:
     reader.note("reader")
     assert see(client, pathspec).run == "running"
     os.killpg(run.process.pid, signal.SIGKILL)
-    seen = soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    seen = soon(
+        client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic()
+    )
     assert "seen" in seen.run_row["tags"] and reader.process.poll() is None
     reader.say("end-reader")
     assert reader.wait() == 0, reader.output
@@ -637,14 +688,20 @@ def sidecars(*pids: int) -> list[int]:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             continue
-        if parent in pids and any(b"sidecar" in word for word in words) and b"heartbeat" in b" ".join(words):
+        if (
+            parent in pids
+            and any(b"sidecar" in word for word in words)
+            and b"heartbeat" in b" ".join(words)
+        ):
             found.append(int(entry.name))
     return found
 
 
 @pytest.mark.core
 @pytest.mark.parametrize(("option", "expected"), [("auto", 0), ("sidecar", 2)])
-def test_how_many_sidecars_metaflow_starts(project: Path, start: Start, option: str, expected: int) -> None:
+def test_how_many_sidecars_metaflow_starts(
+    project: Path, start: Start, option: str, expected: int
+) -> None:
     """Detects a Metaflow that reads METAFLOW_ENABLED_SIDECAR differently: one per process there, none under us."""
     run = start("live_sleep.py", "run", options=("--heartbeats", option))
     pid, runtime, pathspec = run.note("start-0")
@@ -662,7 +719,12 @@ def test_how_many_sidecars_metaflow_starts(project: Path, start: Start, option: 
 def test_an_ordinary_client_outside_the_wrapper(project: Path, start: Start) -> None:
     """It has its sidecars; their heartbeats are what its death is judged by: failed when they stay away."""
     cutoff = 4.0
-    mflocal("start", cwd=project, check=True, env=clean_env(METAFLOW_LOCAL_SERVICE_RUN_CUTOFF=str(cutoff)))
+    mflocal(
+        "start",
+        cwd=project,
+        check=True,
+        env=clean_env(METAFLOW_LOCAL_SERVICE_RUN_CUTOFF=str(cutoff)),
+    )
     run = start("live_sleep.py", "run", how=Plain)
     pid, runtime, pathspec = run.note("start-0")
     client = client_of(project)
@@ -674,7 +736,13 @@ def test_an_ordinary_client_outside_the_wrapper(project: Path, start: Start) -> 
         assert [str(r["run_number"]) for r in told["active_runs"]] == [pathspec.split("/")[1]]
     assert not watch.ever("failed")
     os.killpg(run.process.pid, signal.SIGKILL)
-    soon(client, pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic(), cutoff + 2)
+    soon(
+        client,
+        pathspec,
+        lambda s: (s.run, s.task()) == ("failed", "failed"),
+        time.monotonic(),
+        cutoff + 2,
+    )
 
 
 def beats(client: Client, pathspec: str) -> bool:
@@ -713,14 +781,22 @@ class Speaker:
 
     def metadata(self, task: str, field: str, value: str, attempt: int = 0) -> None:
         """One record of the task."""
-        row = {"field_name": field, "value": value, "type": field, "user_name": "u", "tags": [f"attempt_id:{attempt}"]}
+        row = {
+            "field_name": field,
+            "value": value,
+            "type": field,
+            "user_name": "u",
+            "tags": [f"attempt_id:{attempt}"],
+        }
         self("POST", f"{task}/metadata", [row])
 
     def close(self, rudely: bool = False) -> float:
         """Ends the connection; rudely: with a reset."""
         if rudely:
             assert self.connection.sock is not None
-            self.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
         self.connection.close()
         return time.monotonic()
 
@@ -783,7 +859,13 @@ def test_a_client_that_opens_a_connection_for_each_request(bare: Bare) -> None:
     run = once("/flows/F/run", body)["run_number"]
     once(f"/flows/F/runs/{run}/steps/start/step", body)
     task = once(f"/flows/F/runs/{run}/steps/start/task", body)["task_id"]
-    row = {"field_name": "attempt", "value": "0", "type": "attempt", "user_name": "u", "tags": ["attempt_id:0"]}
+    row = {
+        "field_name": "attempt",
+        "value": "0",
+        "type": "attempt",
+        "user_name": "u",
+        "tags": ["attempt_id:0"],
+    }
     once(f"/flows/F/runs/{run}/steps/start/tasks/{task}/metadata", [row])
     time.sleep(0.3)
     seen = Seen(bare.client, "F", str(run))
@@ -884,7 +966,12 @@ def test_a_run_and_its_task_die_in_two_different_seconds(bare: Bare) -> None:
     bare.runtime.close()
     time.sleep(0.2)
     bare.worker.close()
-    soon(bare.client, bare.pathspec, lambda s: (s.run, s.task()) == ("failed", "failed"), time.monotonic())
+    soon(
+        bare.client,
+        bare.pathspec,
+        lambda s: (s.run, s.task()) == ("failed", "failed"),
+        time.monotonic(),
+    )
     time.sleep(0.5)
     assert (bare.now.run, bare.now.task()) == ("failed", "failed")
 
@@ -957,7 +1044,8 @@ def test_local_mode_reads_what_was_lost(bare: Bare) -> None:
     soon(bare.client, bare.pathspec, lambda s: s.task() == "failed", bare.worker.close())
     code = (
         "from metaflow import Run, namespace; namespace(None); r = Run(%r); "
-        "print([t.id for t in r['start']], r.finished, len(r['start'].task.metadata))" % bare.pathspec
+        "print([t.id for t in r['start']], r.finished, len(r['start'].task.metadata))"
+        % bare.pathspec
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=bare.client.root, env=clean_env(), text=True,
                           stdout=subprocess.PIPE, timeout=60)  # fmt: skip

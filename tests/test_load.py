@@ -44,12 +44,22 @@ def write_runs(metaflow: Path, flow: str, count: int) -> None:
     """Runs as local mode leaves them, each with an end task that is done."""
     for number in range(count):
         run, ms = metaflow / flow / f"{1_700_000_000_000_000 + number}", 1_700_000_000_000 + number
-        own = {"run_number": run.name, "flow_id": flow, "user_name": "u", "tags": ["t"], "system_tags": ["user:u"], "ts_epoch": ms}
+        own = {
+            "run_number": run.name,
+            "flow_id": flow,
+            "user_name": "u",
+            "tags": ["t"],
+            "system_tags": ["user:u"],
+            "ts_epoch": ms,
+        }
         put(run / "_meta/_self.json", own)
         put(run / "end/_meta/_self.json", {**own, "step_name": "end"})
         task = {**own, "step_name": "end", "task_id": "1"}
         put(run / "end/1/_meta/_self.json", task)
-        put(run / f"end/1/_meta/sysmeta_attempt_ok_{ms}.json", {**task, "field_name": "attempt_ok", "value": "True", "tags": ["attempt_id:0"]})
+        put(
+            run / f"end/1/_meta/sysmeta_attempt_ok_{ms}.json",
+            {**task, "field_name": "attempt_ok", "value": "True", "tags": ["attempt_id:0"]},
+        )
     put(metaflow / flow / "_meta/_self.json", {"flow_id": flow, "ts_epoch": 1_700_000_000_000})
 
 
@@ -61,7 +71,9 @@ def put(path: Path, record: Any) -> None:
 class Repeater(threading.Thread):
     """Does one thing on one connection until told to stop; how long each took, and every answer that was not 200."""
 
-    def __init__(self, served: Served, method: str, path: str, body: Any = None, pause: float = 0.0) -> None:
+    def __init__(
+        self, served: Served, method: str, path: str, body: Any = None, pause: float = 0.0
+    ) -> None:
         super().__init__(daemon=True)
         self.connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
         self.method, self.path, self.pause = method, path, pause
@@ -115,7 +127,14 @@ def crowd(served: Served, task: str) -> list[socket.socket]:
         if number % 2:
             sock.sendall((b"GET /flows/Many/runs HTTP/1.1\r\n" + HOST + b"\r\n") * 20)
         else:
-            sock.sendall(b"POST " + task.encode() + b"/metadata HTTP/1.1\r\n" + HOST + b"Content-Length: 1000000\r\n\r\n" + b"x" * number)
+            sock.sendall(
+                b"POST "
+                + task.encode()
+                + b"/metadata HTTP/1.1\r\n"
+                + HOST
+                + b"Content-Length: 1000000\r\n\r\n"
+                + b"x" * number
+            )
         found.append(sock)
     return found
 
@@ -130,8 +149,16 @@ def load(tmp_path: Path, runs: int, seconds: float) -> dict[str, Any]:
         time.sleep(0.2)  # until the last of those connections is closed
         before = served.descriptors
         beats = [Repeater(served, "POST", f"{task}/heartbeat", {}, 0.05) for task in tasks]
-        writers = [Repeater(served, "POST", f"{task}/metadata", [{"field_name": "f", "value": "v"}] * 3, 0.05) for task in tasks[:2]]
-        lists = [Repeater(served, "GET", path, None, 0.1) for path in ("/flows/Many/runs", "/api/flows/Many/runs?_limit=30")]
+        writers = [
+            Repeater(
+                served, "POST", f"{task}/metadata", [{"field_name": "f", "value": "v"}] * 3, 0.05
+            )
+            for task in tasks[:2]
+        ]
+        lists = [
+            Repeater(served, "GET", path, None, 0.1)
+            for path in ("/flows/Many/runs", "/api/flows/Many/runs?_limit=30")
+        ]
         for path in ("/flows/Many/runs", "/api/flows/Many/runs?_limit=30"):
             served.client.get(path)
         others = crowd(served, tasks[0])
@@ -202,14 +229,31 @@ if __name__ == "__main__":
 def test_sixty_four_workers(project: Path) -> None:
     """A real flow, 128 tasks, --max-workers 64; every attempt is done, none was ever lost."""
     (project / "wide.py").write_text(FLOW.replace("WIDTH", "128"))
-    command = [sys.executable, str(Path(__file__).resolve().parent.parent / "mflocal.py"), "run", sys.executable, "wide.py", "--no-pylint", "run"]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve().parent.parent / "mflocal.py"),
+        "run",
+        sys.executable,
+        "wide.py",
+        "--no-pylint",
+        "run",
+    ]
     began = time.monotonic()
     done = subprocess.run(
-        [*command, "--max-workers", "64", "--max-num-splits", "200"], cwd=project, env=clean_env(), capture_output=True, text=True, timeout=1800
+        [*command, "--max-workers", "64", "--max-num-splits", "200"],
+        cwd=project,
+        env=clean_env(),
+        capture_output=True,
+        text=True,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     flow = project / ".metaflow/WideFlow"
-    good = [path for path in flow.rglob("sysmeta_attempt_ok_*") if json.loads(path.read_text())["value"] == "True"]
+    good = [
+        path
+        for path in flow.rglob("sysmeta_attempt_ok_*")
+        if json.loads(path.read_text())["value"] == "True"
+    ]
     lost = [path for path in flow.rglob("_mflocal.json") if json.loads(path.read_text())["lost"]]
     port = daemon_state(project)["port"]
     connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
@@ -245,7 +289,9 @@ def test_soak(tmp_path: Path) -> None:
                 next_look += max(5.0, SOAK_SECONDS / 40)
             time.sleep(0.01)
         beat.stop()
-        print(f"{laps} laps, {len(beat.times)} heartbeats, p99 {share(beat.times, 0.99):.3f} s, max {max(beat.times):.3f} s")
+        print(
+            f"{laps} laps, {len(beat.times)} heartbeats, p99 {share(beat.times, 0.99):.3f} s, max {max(beat.times):.3f} s"
+        )
         print("MiB and descriptors:", looks)
         assert beat.wrong == [] and "Traceback" not in served.log
         read_all(served)
@@ -261,7 +307,11 @@ def test_soak(tmp_path: Path) -> None:
 def read_all(served: Served) -> None:
     """Brings all of the tree into the index, as the soak has."""
     runs = served.client.get("/flows/F/runs")
-    for path in ("/flows/Many/runs", "/api/flows/Many/runs?_limit=5000", "/api/flows/F/runs?_limit=5000"):
+    for path in (
+        "/flows/Many/runs",
+        "/api/flows/Many/runs?_limit=5000",
+        "/api/flows/F/runs?_limit=5000",
+    ):
         served.client.get(path)
     for run in runs:
         for step in served.client.get(f"/flows/F/runs/{run['run_number']}/steps"):
@@ -271,20 +321,48 @@ def read_all(served: Served) -> None:
 def soak_actions(served: Served, chance: random.Random) -> list[Callable[[], Any]]:
     def a_run() -> None:
         task = served.task()
-        served.client.post(f"{task}/metadata", [{"field_name": "attempt", "value": "0"}, {"field_name": "x", "value": "v" * 500}])
-        served.client.post(f"{task}/artifact", [{"name": f"a{i}", "sha": "s", "attempt_id": 0} for i in range(5)])
-        served.client.post(f"{task}/metadata", [{"field_name": "attempt_ok", "value": "True", "tags": ["attempt_id:0"]}])
+        served.client.post(
+            f"{task}/metadata",
+            [{"field_name": "attempt", "value": "0"}, {"field_name": "x", "value": "v" * 500}],
+        )
+        served.client.post(
+            f"{task}/artifact", [{"name": f"a{i}", "sha": "s", "attempt_id": 0} for i in range(5)]
+        )
+        served.client.post(
+            f"{task}/metadata",
+            [{"field_name": "attempt_ok", "value": "True", "tags": ["attempt_id:0"]}],
+        )
 
     def a_list() -> None:
-        served.client.get(chance.choice(("/flows", "/flows/F/runs?_limit=50", "/api/flows/Many/runs?_page=3", "/api/runs", "/api/flows/F/runs")))
+        served.client.get(
+            chance.choice(
+                (
+                    "/flows",
+                    "/flows/F/runs?_limit=50",
+                    "/api/flows/Many/runs?_page=3",
+                    "/api/runs",
+                    "/api/flows/F/runs",
+                )
+            )
+        )
 
     def a_socket() -> None:
         with served.websocket() as sock:
-            sock.sendall(frame(TEXT, b'{"type": "SUBSCRIBE", "uuid": "a", "resource": "/flows/F/runs"}'))
+            sock.sendall(
+                frame(TEXT, b'{"type": "SUBSCRIBE", "uuid": "a", "resource": "/flows/F/runs"}')
+            )
             if chance.random() < 0.5:
                 served.client.post("/flows/F/run", BODY)
 
     def noise() -> None:
-        served.raw(chance.choice((b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", b"POST /flows/F HTTP/1.1\r\n" + HOST + b"Content-Length: 9\r\n\r\n{")))
+        served.raw(
+            chance.choice(
+                (
+                    b"\x16\x03\x01",
+                    b"GET / HTTP/1.1\r\n\r\n",
+                    b"POST /flows/F HTTP/1.1\r\n" + HOST + b"Content-Length: 9\r\n\r\n{",
+                )
+            )
+        )
 
     return [a_run, a_list, a_list, a_socket, noise]

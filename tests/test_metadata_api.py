@@ -18,7 +18,13 @@ import pytest
 from conftest import REPO, Answer, Client
 from meta_shared import script
 
-SYSTEM = ["metaflow_version:2.19.39", "runtime:dev", "user:tester", "python_version:3.11.7", "date:2026-11-21"]
+SYSTEM = [
+    "metaflow_version:2.19.39",
+    "runtime:dev",
+    "user:tester",
+    "python_version:3.11.7",
+    "date:2026-11-21",
+]
 BODY = {"user_name": "tester", "tags": ["ta", "tb"], "system_tags": SYSTEM}
 BEAT = '{"wait_time_in_seconds": 10}'
 
@@ -53,7 +59,12 @@ def refused(answer: Answer, status: int, *words: str) -> None:
     """A refusal is JSON that names the problem, and tells nothing of our insides."""
     assert answer.status == status, answer
     assert answer.headers["content-type"].startswith("application/json")
-    assert answer.body["status"] == status and answer.body["detail"] and answer.body["title"] and answer.body["id"]
+    assert (
+        answer.body["status"] == status
+        and answer.body["detail"]
+        and answer.body["title"]
+        and answer.body["id"]
+    )
     assert answer.body["type"] == "about:blank"
     text = json.dumps(answer.body)
     assert "Traceback" not in text and ".py" not in text
@@ -111,7 +122,15 @@ def test_admin_routes(service: Client) -> None:
     assert answer.status == 200 and re.fullmatch(r"\d+\.\d+\.\d+", str(answer.body))
     answer = service("GET", "/healthcheck")
     assert (answer.status, answer.body) == (200, '{"status": "UP"}')
-    for path in ("/nope", "/flows/", "//flows", "/api/doc", "/flows/F/nope", "/flows/F/runs/1/", "/auth/token"):
+    for path in (
+        "/nope",
+        "/flows/",
+        "//flows",
+        "/api/doc",
+        "/flows/F/nope",
+        "/flows/F/runs/1/",
+        "/auth/token",
+    ):
         refused(service("GET", path), 404)
     for method, path in (
         ("POST", "/ping"), ("PUT", "/ping"), ("DELETE", "/flows/F1"), ("PATCH", "/flows/F1"), ("PUT", "/flows/F1/runs/1"),
@@ -135,21 +154,48 @@ def test_flows(service: Client) -> None:
     assert service.get("/flows") == []
     refused(service("GET", "/flows/F1"), 404, "F1")
     before = time.time_ns() // 1_000_000
-    answer = service("POST", "/flows/F1", {**BODY, "ts_epoch": 5, "flow_id": "other", "unknown": {}})
+    answer = service(
+        "POST", "/flows/F1", {**BODY, "ts_epoch": 5, "flow_id": "other", "unknown": {}}
+    )
     assert answer.status == 200
-    check(answer.body, FLOW, flow_id="F1", user_name="tester", tags=["ta", "tb"], system_tags=SYSTEM)
+    check(
+        answer.body, FLOW, flow_id="F1", user_name="tester", tags=["ta", "tb"], system_tags=SYSTEM
+    )
     assert before <= answer.body["ts_epoch"] <= time.time_ns() // 1_000_000
     refused(service("POST", "/flows/F1", BODY), 409, "F1")
-    check(service.post("/flows/F2", {"user_name": "other"}), FLOW, user_name="other", tags=None, system_tags=None)
-    check(service.post("/flows/F3", {}), FLOW, flow_id="F3", user_name=None, tags=None, system_tags=None)
+    check(
+        service.post("/flows/F2", {"user_name": "other"}),
+        FLOW,
+        user_name="other",
+        tags=None,
+        system_tags=None,
+    )
+    check(
+        service.post("/flows/F3", {}),
+        FLOW,
+        flow_id="F3",
+        user_name=None,
+        tags=None,
+        system_tags=None,
+    )
     check(service.post("/flows/F7", {"user_name": 123}), FLOW, user_name="123")
     check(service.post("/flows/Gr%C3%B6%C3%9Fe", {}), FLOW, flow_id="Größe")
-    assert service("GET", "/flows/Gr%C3%B6%C3%9Fe").headers["content-type"].startswith("application/json")
-    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": ""}, {"Accept": "application/xml"}):
+    assert (
+        service("GET", "/flows/Gr%C3%B6%C3%9Fe")
+        .headers["content-type"]
+        .startswith("application/json")
+    )
+    for headers in (
+        {"Content-Type": "text/plain"},
+        {"Content-Type": ""},
+        {"Accept": "application/xml"},
+    ):
         name = f"H{len(service.get('/flows'))}"
         assert service("POST", f"/flows/{name}", {}, headers).status == 200
     rows = service.get("/flows")
-    assert len(rows) == 8 and [row["ts_epoch"] for row in rows] == sorted((r["ts_epoch"] for r in rows), reverse=True)
+    assert len(rows) == 8 and [row["ts_epoch"] for row in rows] == sorted(
+        (r["ts_epoch"] for r in rows), reverse=True
+    )
     for row in rows:
         check(row, FLOW)
         assert service.get(f"/flows/{urllib.parse.quote(row['flow_id'])}") == row
@@ -164,16 +210,35 @@ def test_runs(service: Client) -> None:
     run = answer.body
     check(run, RUN, flow_id="F", user_name="tester", tags=["ta", "tb"], system_tags=SYSTEM)
     assert type(run["run_number"]) is int and abs(run["run_number"] / 1e6 - time.time()) < 60
-    assert abs(run["last_heartbeat_ts"] - time.time()) < 60 and abs(run["ts_epoch"] - time.time() * 1000) < 60_000
+    assert (
+        abs(run["last_heartbeat_ts"] - time.time()) < 60
+        and abs(run["ts_epoch"] - time.time() * 1000) < 60_000
+    )
     got = service.get(f"/flows/F/runs/{run['run_number']}")
-    check(got, {**RUN, "user": str}, user="tester", run_number=run["run_number"], ts_epoch=run["ts_epoch"])
+    check(
+        got,
+        {**RUN, "user": str},
+        user="tester",
+        run_number=run["run_number"],
+        ts_epoch=run["ts_epoch"],
+    )
     check(service.post("/flows/F/run", {}), RUN, user_name=None, tags=None, system_tags=None)
-    for version, beats in (("2.0.0", False), ("1.13.0", False), ("1.14.0", True), ("2.2.12+x.git", True), ("abc", True)):
+    for version, beats in (
+        ("2.0.0", False),
+        ("1.13.0", False),
+        ("1.14.0", True),
+        ("2.2.12+x.git", True),
+        ("abc", True),
+    ):
         tags = [f"metaflow_version:{version}"]
         row = service.post("/flows/F/run", {"user_name": "u", "tags": [], "system_tags": tags})
-        check(row, RUN, system_tags=tags)  # alive as long as the connection that made it: see the tasks for the rest
+        check(
+            row, RUN, system_tags=tags
+        )  # alive as long as the connection that made it: see the tasks for the rest
         service.post(f"/flows/F/runs/{row['run_number']}/steps/s/step", {})
-        task = service.post(f"/flows/F/runs/{row['run_number']}/steps/s/task", {"system_tags": tags})
+        task = service.post(
+            f"/flows/F/runs/{row['run_number']}/steps/s/task", {"system_tags": tags}
+        )
         assert (task["last_heartbeat_ts"] is not None) is beats, version
     own = service.post("/flows/F/run", {**BODY, "run_number": "argo-abc"})
     check(own, RUN, run_number="argo-abc")
@@ -182,8 +247,14 @@ def test_runs(service: Client) -> None:
     service.post("/flows/G", {})
     check(service.post("/flows/G/run", {"run_number": "argo-abc"}), RUN, flow_id="G")
     rows = service.get("/flows/F/runs")
-    assert len(rows) == 8 and rows[0]["run_number"] == "argo-abc" and rows[-1]["run_number"] == run["run_number"]
-    assert [row["ts_epoch"] for row in rows] == sorted((row["ts_epoch"] for row in rows), reverse=True)
+    assert (
+        len(rows) == 8
+        and rows[0]["run_number"] == "argo-abc"
+        and rows[-1]["run_number"] == run["run_number"]
+    )
+    assert [row["ts_epoch"] for row in rows] == sorted(
+        (row["ts_epoch"] for row in rows), reverse=True
+    )
     for row in rows:
         check({k: v for k, v in row.items() if k != "user"}, RUN)
         assert ("user" in row) is (f"user:{row['user_name']}" in (row["system_tags"] or []))
@@ -203,7 +274,12 @@ BAD_OBJECTS = [
 def test_bad_objects_are_refused_and_leave_nothing(world: World) -> None:
     service, before = world.service, files(world.service.root)
     for body, word in BAD_OBJECTS:
-        for path in ("/flows/New", "/flows/F/run", f"{world.run}/steps/new/step", f"{world.step}/task"):
+        for path in (
+            "/flows/New",
+            "/flows/F/run",
+            f"{world.run}/steps/new/step",
+            f"{world.step}/task",
+        ):
             refused(service("POST", path, body), 400, word)
     for path in ("/flows/New", f"{world.run}/steps/new"):
         assert service("GET", path).status == 404
@@ -214,7 +290,27 @@ def test_bad_objects_are_refused_and_leave_nothing(world: World) -> None:
 
 BAD_NAMES = ["..", ".", "%2e%2e", "a%2Fb", "..%2F..%2Fetc", "a%20b", "a-b", "1a", "a%00b", "%C2%B2", "*", "x" * 256,
              ".mflocal", "~", "a.b", "%0a"]  # fmt: skip
-BAD_IDS = ["12", "0", "²", "", ".", "..", "../x", "a/b", "a b", "a\0b", "a\n", "x" * 129, "größe", 5, 0, True, 1.5, [], {}]
+BAD_IDS = [
+    "12",
+    "0",
+    "²",
+    "",
+    ".",
+    "..",
+    "../x",
+    "a/b",
+    "a b",
+    "a\0b",
+    "a\n",
+    "x" * 129,
+    "größe",
+    5,
+    0,
+    True,
+    1.5,
+    [],
+    {},
+]
 
 
 @pytest.mark.core
@@ -224,7 +320,11 @@ def test_bad_names_are_refused_and_leave_nothing(world: World) -> None:
         assert service("POST", f"/flows/{name}", {}).status in (400, 404), name
         assert service("GET", f"/flows/{name}").status in (400, 404), name
         assert service("POST", f"{world.run}/steps/{name}/step", {}).status in (400, 404), name
-        for path in (f"{world.run}/steps/{name}", f"/flows/F/runs/{name}", f"{world.step}/tasks/{name}"):
+        for path in (
+            f"{world.run}/steps/{name}",
+            f"/flows/F/runs/{name}",
+            f"{world.step}/tasks/{name}",
+        ):
             assert service("GET", path).status in (400, 404, 405), path
     for own in BAD_IDS:
         refused(service("POST", "/flows/F/run", {"run_number": own}), 400, "run_number")
@@ -254,8 +354,16 @@ def test_unknown_parents_and_objects(world: World) -> None:
                  "/flows/F/runs/99999999999999999999/steps"):  # fmt: skip
         assert service.get(path) == [], path
     for kind, row in (("metadata", metadata("a", "b")), ("artifact", artifact("a"))):
-        for task in (f"{step}/tasks/9", "/flows/F/runs/9/steps/start/tasks/1", f"{run}/steps/zzz/tasks/1"):
-            refused(service("POST", f"{task}/{kind}", [row]), 400, "need to register run_id and task_id first")
+        for task in (
+            f"{step}/tasks/9",
+            "/flows/F/runs/9/steps/start/tasks/1",
+            f"{run}/steps/zzz/tasks/1",
+        ):
+            refused(
+                service("POST", f"{task}/{kind}", [row]),
+                400,
+                "need to register run_id and task_id first",
+            )
     assert files(service.root) == before
 
 
@@ -265,8 +373,18 @@ def test_steps_and_tasks(service: Client) -> None:
     run = service.post("/flows/F/run", BODY)["run_number"]
     base = f"/flows/F/runs/{run}"
     assert service.get(f"{base}/steps") == []
-    step = service.post(f"{base}/steps/start/step", {**BODY, "tags": ["steptag"], "system_tags": ["own"]})
-    check(step, STEP, flow_id="F", run_number=str(run), step_name="start", tags=["ta", "tb"], system_tags=SYSTEM)
+    step = service.post(
+        f"{base}/steps/start/step", {**BODY, "tags": ["steptag"], "system_tags": ["own"]}
+    )
+    check(
+        step,
+        STEP,
+        flow_id="F",
+        run_number=str(run),
+        step_name="start",
+        tags=["ta", "tb"],
+        system_tags=SYSTEM,
+    )
     refused(service("POST", f"{base}/steps/start/step", BODY), 409, "start")
     check(service.post(f"{base}/steps/end/step", {}), STEP, user_name="")
     assert service.get(f"{base}/steps/start") == step
@@ -278,25 +396,42 @@ def test_steps_and_tasks(service: Client) -> None:
     assert type(task["task_id"]) is int and abs(task["last_heartbeat_ts"] - time.time()) < 60
     named = service.post(f"{base}/steps/start/task", {**BODY, "task_id": "my-task"})
     check(named, TASK, task_id="my-task")
-    refused(service("POST", f"{base}/steps/start/task", {**BODY, "task_id": "my-task"}), 409, "my-task")
+    refused(
+        service("POST", f"{base}/steps/start/task", {**BODY, "task_id": "my-task"}), 409, "my-task"
+    )
     silent = service.post(f"{base}/steps/start/task", {"user_name": "u", "system_tags": []})
     check(silent, TASK, user_name="u", last_heartbeat_ts=None, task_id=task["task_id"] + 1)
     other = service.post(f"{base}/steps/end/task", {})
     check(other, TASK, user_name=None, task_id=task["task_id"] + 2)
     rows = service.get(f"{base}/steps/start/tasks")
-    assert {str(row["task_id"]) for row in rows} == {str(row["task_id"]) for row in (task, named, silent)}
-    assert [row["ts_epoch"] for row in rows] == sorted((row["ts_epoch"] for row in rows), reverse=True)
+    assert {str(row["task_id"]) for row in rows} == {
+        str(row["task_id"]) for row in (task, named, silent)
+    }
+    assert [row["ts_epoch"] for row in rows] == sorted(
+        (row["ts_epoch"] for row in rows), reverse=True
+    )
     for row in rows:
         check(row, TASK)
         assert service.get(f"{base}/steps/start/tasks/{row['task_id']}") == row
     assert service("GET", f"{base}/steps/end/tasks/{task['task_id']}").status == 404
 
     service.post("/flows/F/run", {**BODY, "run_number": "argo-abc"})
-    check(service.post("/flows/F/runs/argo-abc/steps/start/step", BODY), STEP, run_number="argo-abc")
-    row = service.post("/flows/F/runs/argo-abc/steps/start/task", {**BODY, "task_id": "argo-task-1"})
+    check(
+        service.post("/flows/F/runs/argo-abc/steps/start/step", BODY), STEP, run_number="argo-abc"
+    )
+    row = service.post(
+        "/flows/F/runs/argo-abc/steps/start/task", {**BODY, "task_id": "argo-task-1"}
+    )
     check(row, TASK, run_number="argo-abc", task_id="argo-task-1")
-    service.post("/flows/F/runs/argo-abc/steps/start/tasks/argo-task-1/metadata", [metadata("a", "b")])
-    check(service.get("/flows/F/runs/argo-abc/metadata")[0], METADATA, run_number="argo-abc", task_id="argo-task-1")
+    service.post(
+        "/flows/F/runs/argo-abc/steps/start/tasks/argo-task-1/metadata", [metadata("a", "b")]
+    )
+    check(
+        service.get("/flows/F/runs/argo-abc/metadata")[0],
+        METADATA,
+        run_number="argo-abc",
+        task_id="argo-task-1",
+    )
 
 
 # -- heartbeats
@@ -316,7 +451,10 @@ def test_heartbeats_are_always_200_and_move_both_clocks(world: World) -> None:
     before = service.get(path)["last_heartbeat_ts"]
     time.sleep(1.1)
     for _ in range(3):
-        assert service("POST", f"{path}/steps/s/tasks/{task['task_id']}/heartbeat", {})[:2] == (200, BEAT)
+        assert service("POST", f"{path}/steps/s/tasks/{task['task_id']}/heartbeat", {})[:2] == (
+            200,
+            BEAT,
+        )
     beat = service.get(f"{path}/steps/s/tasks/{task['task_id']}")["last_heartbeat_ts"]
     assert type(beat) is int and abs(beat - time.time()) < 30
     assert service.get(path)["last_heartbeat_ts"] > before
@@ -333,7 +471,9 @@ def test_tag_mutation(world: World) -> None:
         answer = service("PATCH", path, body)
         assert answer.status == 200 and list(answer.body) == ["tags"], answer
         tags: list[str] = answer.body["tags"]
-        assert sorted(service.get(world.run)["tags"]) == sorted(tags) and len(set(tags)) == len(tags)
+        assert sorted(service.get(world.run)["tags"]) == sorted(tags) and len(set(tags)) == len(
+            tags
+        )
         return sorted(tags)
 
     assert patch({"tags_to_add": ["new1", "größe"]}) == ["größe", "new1", "ta", "tb"]
@@ -341,10 +481,22 @@ def test_tag_mutation(world: World) -> None:
     assert patch({"tags_to_add": ["user:tester"]}) == ["größe", "new1", "ta", "tb"]
     assert patch({"tags_to_remove": ["ta"]}) == ["größe", "new1", "tb"]
     assert patch({"tags_to_remove": ["absent"]}) == ["größe", "new1", "tb"]
-    assert patch({"tags_to_add": ["both", "tb"], "tags_to_remove": ["both", "tb"]}) == ["both", "größe", "new1", "tb"]
+    assert patch({"tags_to_add": ["both", "tb"], "tags_to_remove": ["both", "tb"]}) == [
+        "both",
+        "größe",
+        "new1",
+        "tb",
+    ]
     for nothing in ({}, {"tags_to_add": [], "tags_to_remove": []}, {"unknown": 1}):
         assert patch(nothing) == ["both", "größe", "new1", "tb"]
-    assert patch({"tags_to_add": ["", "L" * 1000]}) == ["", "L" * 1000, "both", "größe", "new1", "tb"]
+    assert patch({"tags_to_add": ["", "L" * 1000]}) == [
+        "",
+        "L" * 1000,
+        "both",
+        "größe",
+        "new1",
+        "tb",
+    ]
     before = service.get(world.run)
     for body, word in (
         ({"tags_to_add": None}, "tags_to_add must be a list"), ({"tags_to_add": "x"}, "tags_to_add must be a list"),
@@ -353,24 +505,42 @@ def test_tag_mutation(world: World) -> None:
         (b"", "JSON"),
     ):  # fmt: skip
         refused(service("PATCH", path, body), 400, word)
-    for body in ({"tags_to_remove": ["user:tester"]}, {"tags_to_remove": ["runtime:dev", "x"], "tags_to_add": ["zz"]}):
-        refused(service("PATCH", path, body), 422, "Cannot remove tags that are existing system tags")
+    for body in (
+        {"tags_to_remove": ["user:tester"]},
+        {"tags_to_remove": ["runtime:dev", "x"], "tags_to_add": ["zz"]},
+    ):
+        refused(
+            service("PATCH", path, body), 422, "Cannot remove tags that are existing system tags"
+        )
     for unknown in ("/flows/F/runs/9999", "/flows/NoSuch/runs/1"):
         refused(service("PATCH", f"{unknown}/tag/mutate", {"tags_to_add": ["x"]}), 404)
     assert service.get(world.run) == before and before["system_tags"] == SYSTEM
     # steps, tasks and artifacts carry the run's tags; a run without any takes them too
     service.post(f"{world.task}/artifact", [artifact("x", tags=["own"])])
-    for row in (service.get(world.step), service.get(world.task), service.get(f"{world.task}/artifacts/x")):
+    for row in (
+        service.get(world.step),
+        service.get(world.task),
+        service.get(f"{world.task}/artifacts/x"),
+    ):
         assert sorted(row["tags"]) == sorted(before["tags"]) and row["system_tags"] == SYSTEM
     bare = service.post("/flows/F/run", {})["run_number"]
-    assert service("PATCH", f"/flows/F/runs/{bare}/tag/mutate", {"tags_to_add": ["x"]}).body == {"tags": ["x"]}
+    assert service("PATCH", f"/flows/F/runs/{bare}/tag/mutate", {"tags_to_add": ["x"]}).body == {
+        "tags": ["x"]
+    }
 
 
 def test_many_tags_at_once(world: World) -> None:
     """Seconds, where looking for each of them among the others took minutes, in which nobody else was served."""
-    path, first, second = f"{world.run}/tag/mutate", *([f"{i}tag{n}" for n in range(100_000)] for i in "12")
+    path, first, second = (
+        f"{world.run}/tag/mutate",
+        *([f"{i}tag{n}" for n in range(100_000)] for i in "12"),
+    )
     began = time.monotonic()
-    for tags in ({"tags_to_add": first}, {"tags_to_add": second}, {"tags_to_add": second, "tags_to_remove": first}):
+    for tags in (
+        {"tags_to_add": first},
+        {"tags_to_add": second},
+        {"tags_to_add": second, "tags_to_remove": first},
+    ):
         answer = world.service("PATCH", path, tags)
         assert answer.status == 200
     assert answer.body["tags"] == ["ta", "tb", *second]
@@ -393,29 +563,38 @@ def test_metadata_rows(world: World) -> None:
     post()
     assert service.post(path, {}) == {"metadata_created": 0}
     post({})
-    post(metadata("intv", 5), metadata("boolv", True), metadata("lst", [1, 2]), metadata("float", 1.5))
+    post(
+        metadata("intv", 5),
+        metadata("boolv", True),
+        metadata("lst", [1, 2]),
+        metadata("float", 1.5),
+    )
     post(metadata("long", "v" * 3_000_000))
     post(metadata("nosys", "v", system_tags=None, tags=None))
     rows = service.get(path)
     for row in rows:
         check(row, METADATA, flow_id="F", run_number=world.run_row["run_number"], step_name="start",
               task_id=world.task_row["task_id"])  # fmt: skip
-    assert [(r["ts_epoch"], r["id"]) for r in rows] == sorted(((r["ts_epoch"], r["id"]) for r in rows), reverse=True)
+    assert [(r["ts_epoch"], r["id"]) for r in rows] == sorted(
+        ((r["ts_epoch"], r["id"]) for r in rows), reverse=True
+    )
     assert len({row["id"] for row in rows}) == len(rows) == 10
     values = {row["field_name"]: row for row in rows}
     assert {k: values[k]["value"] for k in ("intv", "boolv", "lst", "float", "größe", " ")} == {
         "intv": "5", "boolv": "true", "lst": "{1,2}", "float": "1.5", "größe": "ü", " ": " ",
     }  # fmt: skip
-    assert values["attempt"]["tags"] == ["attempt_id:0"] and values["attempt"]["system_tags"] == SYSTEM
+    assert (
+        values["attempt"]["tags"] == ["attempt_id:0"] and values["attempt"]["system_tags"] == SYSTEM
+    )
     assert len(values["long"]["value"]) == 3_000_000
     assert service.get(f"{path}?field_name=attempt&_order=id") == rows
     other = f"{world.step}/tasks/{service.post(f'{world.step}/task', {})['task_id']}"
     service.post(f"{other}/metadata", [metadata("late", "x")])
     everything = service.get(f"{world.run}/metadata")
     assert len(everything) == 11 and everything[0]["field_name"] == "late"
-    assert sorted(row["id"] for row in everything if row["task_id"] == world.task_row["task_id"]) == sorted(
-        row["id"] for row in rows
-    )
+    assert sorted(
+        row["id"] for row in everything if row["task_id"] == world.task_row["task_id"]
+    ) == sorted(row["id"] for row in rows)
 
 
 @pytest.mark.core
@@ -433,7 +612,15 @@ def test_bad_rows_are_refused_together_with_the_good_ones(world: World) -> None:
         refused(service("POST", f"{world.task}/{kind}", [good[kind], bad]), 400, "row 1")
         refused(service("POST", f"{world.task}/{kind}", [bad, good[kind]]), 400, "row 0")
     for kind in ("metadata", "artifact"):
-        for body in (b"", b"[", b"null", b'"x"', b"5", json.dumps(good[kind]).encode(), b'[{"value": NaN}]'):
+        for body in (
+            b"",
+            b"[",
+            b"null",
+            b'"x"',
+            b"5",
+            json.dumps(good[kind]).encode(),
+            b'[{"value": NaN}]',
+        ):
             refused(service("POST", f"{world.task}/{kind}", body), 400)
     assert files(service.root) == before
 
@@ -442,11 +629,17 @@ def test_bad_rows_are_refused_together_with_the_good_ones(world: World) -> None:
 def test_tasks_filtered_by_metadata(world: World) -> None:
     service, path = world.service, f"{world.step}/filtered_tasks"
     run = world.run_row["run_number"]
-    tasks = [world.task_row["task_id"]] + [service.post(f"{world.step}/task", {})["task_id"] for _ in range(10)]
+    tasks = [world.task_row["task_id"]] + [
+        service.post(f"{world.step}/task", {})["task_id"] for _ in range(10)
+    ]
     service.post(f"{world.step}/task", {"task_id": "my-task"})
     for number, task in enumerate([*tasks, "my-task"]):
         if number != 3:
-            rows = [metadata("path", f"a:{number},b:x"), metadata("attempt", "0"), metadata("stack", ["i=1", f"j={number}"])]
+            rows = [
+                metadata("path", f"a:{number},b:x"),
+                metadata("attempt", "0"),
+                metadata("stack", ["i=1", f"j={number}"]),
+            ]
             service.post(f"{world.step}/tasks/{task}/metadata", rows)
     names = [f"F/{run}/start/{task}" for task in [*tasks, "my-task"]]
     listed = names[:3] + names[4:]
@@ -458,14 +651,24 @@ def test_tasks_filtered_by_metadata(world: World) -> None:
     assert found("metadata_field_name=attempt") == listed and found("_limit=1") == listed
     assert found("metadata_field_name=path&pattern=a:1") == [names[1], names[10], names[11]]
     assert found("metadata_field_name=path&pattern=^a:1,") == [names[1]]
-    assert found("metadata_field_name=path&pattern=" + urllib.parse.quote("a:(2|4),b.*x$")) == [names[2], names[4]]
-    assert found("metadata_field_name=path&pattern=.*") == listed and found("pattern=j%3D7") == [names[7]]
-    assert found("metadata_field_name=nosuch") == [] and found("metadata_field_name=attempt&pattern=9") == []
+    assert found("metadata_field_name=path&pattern=" + urllib.parse.quote("a:(2|4),b.*x$")) == [
+        names[2],
+        names[4],
+    ]
+    assert found("metadata_field_name=path&pattern=.*") == listed and found("pattern=j%3D7") == [
+        names[7]
+    ]
+    assert (
+        found("metadata_field_name=nosuch") == []
+        and found("metadata_field_name=attempt&pattern=9") == []
+    )
     for bad in ("%28", "%5B", "*"):
         refused(service("GET", f"{path}?pattern={bad}"), 400, "pattern")
     began = time.monotonic()
     service.post(f"{world.task}/metadata", [metadata("evil", "a" * 40)])
-    answer = service("GET", f"{path}?metadata_field_name=evil&pattern=" + urllib.parse.quote("(a+)+$b|(?:a|a)*c"))
+    answer = service(
+        "GET", f"{path}?metadata_field_name=evil&pattern=" + urllib.parse.quote("(a+)+$b|(?:a|a)*c")
+    )
     assert answer.status in (200, 400) and time.monotonic() - began < 10
     assert service("GET", "/ping").status == 200
 
@@ -491,15 +694,28 @@ def test_artifact_rows(world: World) -> None:
               task_id=world.task_row["task_id"], tags=["ta", "tb"], system_tags=SYSTEM)  # fmt: skip
         one = f"{world.task}/artifacts/{urllib.parse.quote(row['name'])}"
         assert service.get(one) == row == service.get(f"{one}/attempt/0")
-    assert sorted(row["name"] for row in rows) == sorted(["x", "y", "größe a-b", "new", "long", "nullsha"])
+    assert sorted(row["name"] for row in rows) == sorted(
+        ["x", "y", "größe a-b", "new", "long", "nullsha"]
+    )
     assert [row["sha"] for row in rows if row["name"] == "x"] == ["abc"]
     assert post({}) == 1
-    check(service.get(f"{world.task}/artifacts/%20"), ARTIFACT, name=" ", location=" ", sha=" ", attempt_id=0)
+    check(
+        service.get(f"{world.task}/artifacts/%20"),
+        ARTIFACT,
+        name=" ",
+        location=" ",
+        sha=" ",
+        attempt_id=0,
+    )
     for wrong in ("abc", "99999", "1.0", "%D9%A1", ""):
         assert service("GET", f"{world.task}/attempt/{wrong}/artifacts").status in (400, 404)
         assert service("GET", f"{world.task}/artifacts/x/attempt/{wrong}").status in (400, 404)
     refused(service("GET", f"{world.task}/attempt/abc/artifacts"), 400, "attempt")
-    assert service.get(f"{world.task}/attempt/-1/artifacts") == service.get(f"{world.task}/attempt/7/artifacts") == []
+    assert (
+        service.get(f"{world.task}/attempt/-1/artifacts")
+        == service.get(f"{world.task}/attempt/7/artifacts")
+        == []
+    )
     refused(service("GET", f"{world.task}/artifacts/with%20space%2Fx"), 404)
 
 
@@ -520,7 +736,11 @@ def test_the_newest_attempt_counts_whatever_the_artifacts_are_called(world: Worl
     for gone in ("name", "only0", "only1"):
         refused(service("GET", f"{world.task}/artifacts/{gone}"), 404, gone)
     assert service.get(f"{world.task}/artifacts/only0/attempt/0")["attempt_id"] == 0
-    assert {row["name"] for row in service.get(f"{world.task}/attempt/1/artifacts")} == {"name", "x", "only1"}
+    assert {row["name"] for row in service.get(f"{world.task}/attempt/1/artifacts")} == {
+        "name",
+        "x",
+        "only1",
+    }
     for parent in (world.step, world.run):
         rows = service.get(f"{parent}/artifacts")
         assert sorted((row["task_id"], row["name"], row["attempt_id"]) for row in rows) == [
@@ -544,7 +764,9 @@ def pages(service: Client, path: str, limit: int) -> list[list[Any]]:
         following = answer.headers.get("x-next-cursor")
         if following is None:
             return found
-        assert len(found) < 50 and isinstance(json.loads(base64.b64decode(following))["ts_epoch"], int)
+        assert len(found) < 50 and isinstance(
+            json.loads(base64.b64decode(following))["ts_epoch"], int
+        )
         cursor = f"&_cursor={urllib.parse.quote(following)}"
 
 
@@ -554,9 +776,13 @@ def test_cursor_paging(world: World) -> None:
     for number in range(6):
         service.post(f"/flows/F{number}", {})
         service.post("/flows/F/run", {} if number % 2 else {"run_number": f"argo-{number}"})
-        task = service.post(f"{world.step}/task", {} if number % 2 else {"task_id": f"task-{number}"})["task_id"]
+        task = service.post(
+            f"{world.step}/task", {} if number % 2 else {"task_id": f"task-{number}"}
+        )["task_id"]
         service.post(f"{world.step}/tasks/{task}/artifact", [artifact("x"), artifact("y")])
-        service.post(f"{world.step}/tasks/{task}/metadata", [metadata(f"f{i}", "v") for i in range(3)])
+        service.post(
+            f"{world.step}/tasks/{task}/metadata", [metadata(f"f{i}", "v") for i in range(3)]
+        )
     service.post(f"{world.task}/metadata", [metadata("same", str(i)) for i in range(7)])
     service.post(f"{world.task}/artifact", [artifact(f"a{i}") for i in range(7)])
     keys = {"/flows": "flow_id", "/flows/F/runs": "run_number", f"{world.step}/tasks": "task_id",
@@ -567,13 +793,19 @@ def test_cursor_paging(world: World) -> None:
         assert "x-limit" not in whole.headers and "x-next-cursor" not in whole.headers
 
         def name(row: Any) -> str:
-            return json.dumps([row.get(key) for key in ("flow_id", "run_number", "task_id", "name", "id")])
+            return json.dumps(
+                [row.get(key) for key in ("flow_id", "run_number", "task_id", "name", "id")]
+            )
 
         for limit in (2, 3, 50):
             parts = pages(service, path, limit)
-            assert [len(part) for part in parts[:-1]] == [limit] * (len(parts) - 1) and 0 < len(parts[-1]) <= limit
+            assert [len(part) for part in parts[:-1]] == [limit] * (len(parts) - 1) and 0 < len(
+                parts[-1]
+            ) <= limit
             rows = [row for part in parts for row in part]
-            assert [row["ts_epoch"] for row in rows] == sorted((row["ts_epoch"] for row in rows), reverse=True), path
+            assert [row["ts_epoch"] for row in rows] == sorted(
+                (row["ts_epoch"] for row in rows), reverse=True
+            ), path
             assert sorted(map(name, rows)) == sorted(map(name, whole.body)), path
         exact = service("GET", f"{path}?_limit={len(whole.body)}")
         assert len(exact.body) == len(whole.body) and "x-next-cursor" not in exact.headers
@@ -587,18 +819,30 @@ def test_cursor_paging(world: World) -> None:
         for cursor in ("bad", base64.b64encode(b"12").decode(), base64.b64encode(b'{"ts_epoch": "x", "flow_id": 1}').decode(),
                        base64.b64encode(b"{}").decode(), "%F0%9F%98%80"):  # fmt: skip
             answer = service("GET", f"{path}?_cursor={cursor}")
-            assert answer.status == 400 and "Invalid cursor" in json.dumps(answer.body), (path, cursor)
+            assert answer.status == 400 and "Invalid cursor" in json.dumps(answer.body), (
+                path,
+                cursor,
+            )
 
 
 @pytest.mark.core
 def test_runs_without_a_time_can_be_paged(service: Client) -> None:
     """Anybody may have written the tree."""
     service.post("/flows/N", {})
-    written = [{}, {"ts_epoch": None}, {"ts_epoch": "x"}, {"ts_epoch": 1.5}, {"ts_epoch": True}, {"ts_epoch": []}]
+    written = [
+        {},
+        {"ts_epoch": None},
+        {"ts_epoch": "x"},
+        {"ts_epoch": 1.5},
+        {"ts_epoch": True},
+        {"ts_epoch": []},
+    ]
     for number, record in enumerate(written, 1):
         meta = service.root / f".metaflow/N/{number}/_meta"
         meta.mkdir(parents=True)
-        (meta / "_self.json").write_text(json.dumps({"run_number": str(number), "flow_id": "N", **record}))
+        (meta / "_self.json").write_text(
+            json.dumps({"run_number": str(number), "flow_id": "N", **record})
+        )
     dated = service.post("/flows/N/run", {})["run_number"]
     found, path = [], "/flows/N/runs?_limit=2"
     while path:
@@ -606,7 +850,9 @@ def test_runs_without_a_time_can_be_paged(service: Client) -> None:
         assert answer.status == 200 and len(found) < 7, answer
         found += [row["run_number"] for row in answer.body]
         following = answer.headers.get("x-next-cursor")
-        path = "/flows/N/runs?_limit=2&_cursor=" + urllib.parse.quote(following) if following else ""
+        path = (
+            "/flows/N/runs?_limit=2&_cursor=" + urllib.parse.quote(following) if following else ""
+        )
     assert found == [dated, 6, 5, 4, 3, 2, 1]
 
 
@@ -645,7 +891,9 @@ def test_filters_of_runs(service: Client) -> None:
         got = [row["run_number"] for row in answer.body] if answer.status == 200 else answer
         if answer.status != 200 or sorted(map(str, got)) != sorted(map(str, expected)):
             wrong[query] = got
-        elif ("x-limit" in answer.headers) is query.startswith(("nosuch", "finished", "_page", "_order")):
+        elif ("x-limit" in answer.headers) is query.startswith(
+            ("nosuch", "finished", "_page", "_order")
+        ):
             wrong[query] = "paging"
     assert wrong == {}
     assert all("status" in row for row in service.get("/flows/F/runs?status=running,failed"))
@@ -680,7 +928,9 @@ def test_filters_of_tasks(world: World) -> None:
         assert sorted(map(str, got)) == sorted(map(str, expected)), query
     for query in ("task_id:zz=1", "task_id=abc", "ts_epoch:gt=x"):
         answer = service("GET", f"{path}?{query}")
-        assert answer.status == 400 and query.partition("=")[0].partition(":")[0] in json.dumps(answer.body)
+        assert answer.status == 400 and query.partition("=")[0].partition(":")[0] in json.dumps(
+            answer.body
+        )
 
 
 @pytest.mark.core
@@ -701,9 +951,13 @@ def test_the_status_of_runs_can_be_asked_for(service: Client) -> None:
 
     assert having("completed") - {runs["odd"]} == {runs["done"]}
     assert runs["bad"] in having("failed") and runs["going"] in having("running")
-    assert sorted([*having("running"), *having("failed"), *having("completed")]) == sorted(runs.values())
+    assert sorted([*having("running"), *having("failed"), *having("completed")]) == sorted(
+        runs.values()
+    )
     assert having("completed,failed") == having("completed") | having("failed")
-    assert {row["run_number"] for row in service.get("/flows/F/runs?status:ne=completed")} == set(runs.values()) - having("completed")
+    assert {row["run_number"] for row in service.get("/flows/F/runs?status:ne=completed")} == set(
+        runs.values()
+    ) - having("completed")
 
 
 # -- the faults of the service that this one replaces
@@ -725,7 +979,18 @@ def test_fault_05_nothing_is_written_or_read_outside(world: World, tmp_path: Pat
     secret.write_text(json.dumps({"flow_id": "x", "name": "x", "ts_epoch": 1, "attempt_id": 0}))
     (service.root / "_meta").mkdir()
     (service.root / "_meta/_self.json").write_text('{"flow_id": "outside", "ts_epoch": 1}')
-    dots = ["..", "%2e%2e", "%2E.", "..%2f..", "%2e%2e%2f%2e%2e", "....//", "..%5c..", "..;", "%252e%252e", "%c0%ae%c0%ae"]
+    dots = [
+        "..",
+        "%2e%2e",
+        "%2E.",
+        "..%2f..",
+        "%2e%2e%2f%2e%2e",
+        "....//",
+        "..%5c..",
+        "..;",
+        "%252e%252e",
+        "%c0%ae%c0%ae",
+    ]
     port = int(service.url.rpartition(":")[2])
     for dot in dots:
         for method, path in (
@@ -760,17 +1025,40 @@ def test_fault_06_no_star_for_other_origins_and_no_strange_hosts(world: World) -
     for path in ("/ping", "/flows", world.run, "/flows/NoSuch"):
         plain = service("GET", path)
         assert "access-control-allow-origin" not in plain.headers
-        for origin in ("https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1.evil.example"):
+        for origin in (
+            "https://evil.example",
+            "null",
+            "http://localhost.evil.example",
+            "http://127.0.0.1.evil.example",
+        ):
             answer = service("GET", path, headers={"Origin": origin})
-            assert answer.status == 403 and answer.headers.get("access-control-allow-origin") not in ("*", origin)
+            assert answer.status == 403 and answer.headers.get(
+                "access-control-allow-origin"
+            ) not in ("*", origin)
         answer = service("GET", path, headers={"Origin": "http://localhost:3000"})
         assert answer.status == plain.status
         assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
-        for host in ("evil.example", "evil.example:80", "127.0.0.1.nip.io", "10.0.0.1", "localhost.evil.example"):
+        for host in (
+            "evil.example",
+            "evil.example:80",
+            "127.0.0.1.nip.io",
+            "10.0.0.1",
+            "localhost.evil.example",
+        ):
             refused(service("GET", path, headers={"Host": host}), 403, host.partition(":")[0])
-    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
-        assert service("POST", "/flows/Evil", {}, {**headers, "Content-Type": "text/plain"}).status == 403
-        assert service("PATCH", f"{world.run}/tag/mutate", {"tags_to_add": ["evil"]}, headers).status == 403
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Host": "evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
+        assert (
+            service("POST", "/flows/Evil", {}, {**headers, "Content-Type": "text/plain"}).status
+            == 403
+        )
+        assert (
+            service("PATCH", f"{world.run}/tag/mutate", {"tags_to_add": ["evil"]}, headers).status
+            == 403
+        )
     assert files(service.root) == before and service.get(world.run)["tags"] == ["ta", "tb"]
 
 
@@ -782,7 +1070,12 @@ def test_fault_07_no_route_of_the_client_is_missing(world: World) -> None:
     service.post(f"{world.task}/metadata", [metadata("f", "v")])
     assert [row["flow_id"] for row in service.get("/flows")] == ["F"]
     assert service.get(f"{world.task}/artifacts/x")["name"] == "x"
-    for path in (f"{world.run}/metadata", f"{world.run}/artifacts", f"{world.step}/artifacts", f"{world.task}/artifacts"):
+    for path in (
+        f"{world.run}/metadata",
+        f"{world.run}/artifacts",
+        f"{world.step}/artifacts",
+        f"{world.task}/artifacts",
+    ):
         assert len(service.get(path)) == 1, path
     assert len(service.get(f"{world.step}/filtered_tasks?metadata_field_name=f&pattern=v")) == 1
     for path in ("/flows", "/flows/F", "/flows/F/runs", world.run, f"{world.run}/steps", world.step, f"{world.step}/tasks",
@@ -841,14 +1134,23 @@ asyncio.run(main())
 
 def test_fault_09_reading_runs_does_not_read_their_tasks(tmp_path: Path) -> None:
     """GET run and the list of runs open no task, and a walk over 400 tasks lets others have their turn."""
-    record = json.dumps({"flow_id": "F", "user_name": "u", "tags": [], "system_tags": ["user:u"], "ts_epoch": 1000})
+    record = json.dumps(
+        {"flow_id": "F", "user_name": "u", "tags": [], "system_tags": ["user:u"], "ts_epoch": 1000}
+    )
     metaflow_dir = tmp_path / ".metaflow"
-    places = ["F", *[f"F/{1000 + run}" for run in range(20)], *[f"F/{1000 + run}/s" for run in range(20)]]
+    places = [
+        "F",
+        *[f"F/{1000 + run}" for run in range(20)],
+        *[f"F/{1000 + run}/s" for run in range(20)],
+    ]
     for place in [*places, *[f"F/1000/s/{task}" for task in range(400)]]:
         (metaflow_dir / place / "_meta").mkdir(parents=True)
         (metaflow_dir / place / "_meta/_self.json").write_text(record)
     done = subprocess.run(
-        [sys.executable, "-c", READS_RUN, str(REPO), str(metaflow_dir)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", READS_RUN, str(REPO), str(metaflow_dir)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
 
@@ -921,23 +1223,43 @@ def test_metaflows_client_sees_the_same_over_http_as_in_local_mode(
     service, run = make_service(ran["root"]), ran[made]
     http = script(CLIENT, ran["root"], service.url, service.url, run)
     local = script(CLIENT, ran["root"], None, f"local@{ran['root']}", run)
-    assert http["flows"] == ["MetaFlow"] and http["runs"] == sorted([ran["local"], ran["http"]]) == http["by_tag"]
-    assert http["no_tag"] == [] and http["latest"] == max(ran["local"], ran["http"]) == http["latest_ok"]
-    assert http["run"]["successful"] is True and http["run"]["finished"] is True and http["run"]["end"] == "end"
+    assert (
+        http["flows"] == ["MetaFlow"]
+        and http["runs"] == sorted([ran["local"], ran["http"]]) == http["by_tag"]
+    )
+    assert (
+        http["no_tag"] == []
+        and http["latest"] == max(ran["local"], ran["http"]) == http["latest_ok"]
+    )
+    assert (
+        http["run"]["successful"] is True
+        and http["run"]["finished"] is True
+        and http["run"]["end"] == "end"
+    )
     assert http["run"]["tags"] == ["größe", "t1"] and "user:tester" in http["run"]["system"]
     assert http["run"]["values"] == ["aaa", "b cb cb c"] and http["run"]["odd"] == 7
     assert http["steps"] == ["body", "end", "join", "start"] and len(http["in_step"]["body"]) == 2
     first, second = http["body"]
-    assert [first["value"], second["value"]] == ["aaa", "b cb cb c"] == [first["again"], second["again"]]
+    assert (
+        [first["value"], second["value"]]
+        == ["aaa", "b cb cb c"]
+        == [first["again"], second["again"]]
+    )
     assert [first["attempt"], second["attempt"]] == [1, 0] and first["ok"] and second["ok"]
     assert first["tags"] == ["größe", "t1"] and first["index"] == 0 and second["index"] == 1
-    assert {"attempt", "attempt_ok", "ds-root", "python_version", "runtime"} <= set(first["environment"])
+    assert {"attempt", "attempt_ok", "ds-root", "python_version", "runtime"} <= set(
+        first["environment"]
+    )
     assert first["fields"]["attempt"] == ["0", "1"] or first["fields"]["attempt"] == ["1"]
     assert http["old"]["only"] is True and http["old"]["ok"] is False and http["gone"] is False
     assert http["artifact"][0] == "aaa" and http["missing"] == http["norun"] == "MetaflowNotFound"
     if http["parents"] is not None:
         here = f"MetaFlow/{run}"
-        assert http["parents"] == http["children"] == sorted(f"{here}/body/{task}" for task in body_ids(http))
+        assert (
+            http["parents"]
+            == http["children"]
+            == sorted(f"{here}/body/{task}" for task in body_ids(http))
+        )
         assert http["parent"] == [[f"{here}/start/{http['in_step']['start'][0]}"]] * 2
         assert http["child"] == [[f"{here}/join/{http['in_step']['join'][0]}"]] * 2
     for ours, theirs in zip(http.pop("body"), local.pop("body")):
@@ -947,7 +1269,9 @@ def test_metaflows_client_sees_the_same_over_http_as_in_local_mode(
     assert http == local
 
 
-def test_tags_by_client_and_command_line(ran: dict[str, Any], make_service: Callable[..., Client]) -> None:
+def test_tags_by_client_and_command_line(
+    ran: dict[str, Any], make_service: Callable[..., Client]
+) -> None:
     code = """
 from metaflow import Run, namespace
 namespace(None)
@@ -965,7 +1289,9 @@ print(json.dumps([first, sorted(Run("MetaFlow/" + sys.argv[1]).user_tags), sorte
     told = script(code, ran["root"], service.url, ran["http"])
     assert told[:3] == [["four", "größe", "one", "three"]] * 3 and told[3] != "no"
     after = service.get(f"/flows/MetaFlow/runs/{ran['http']}")
-    assert {k: v for k, v in after.items() if k != "tags"} == {k: v for k, v in before.items() if k != "tags"}
+    assert {k: v for k, v in after.items() if k != "tags"} == {
+        k: v for k, v in before.items() if k != "tags"
+    }
     local = script("""
 from metaflow import Run, metadata, namespace
 namespace(None); metadata("local@" + os.getcwd())

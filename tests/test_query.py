@@ -42,8 +42,20 @@ SYSTEM = ["metaflow_version:2.19.39", "runtime:dev", "user:tester"]
 def service_run(
     number, ts, user_name="tester", beat=1795293708, status="running", tags=(), system_tags=SYSTEM
 ):
-    row = {"flow_id": "F1", "run_number": number, "user_name": user_name, "ts_epoch": ts, "status": status}
-    row.update(last_heartbeat_ts=beat, tags=list(tags), system_tags=list(system_tags), run_id=None, user=None)
+    row = {
+        "flow_id": "F1",
+        "run_number": number,
+        "user_name": user_name,
+        "ts_epoch": ts,
+        "status": status,
+    }
+    row.update(
+        last_heartbeat_ts=beat,
+        tags=list(tags),
+        system_tags=list(system_tags),
+        run_id=None,
+        user=None,
+    )
     if "user:%s" % user_name in system_tags:
         row["user"] = user_name
     if isinstance(number, str):
@@ -61,7 +73,9 @@ SERVICE_RUNS = [
     service_run(6, 1795293708549, system_tags=["metaflow_version:abc"]),
     service_run(5, 1795293708500, system_tags=["metaflow_version:2.0.5"]),
     service_run(4, 1795293708478, system_tags=["metaflow_version:1.14.0"]),
-    service_run(3, 1795293708428, beat=None, status="failed", system_tags=["metaflow_version:1.13.0"]),
+    service_run(
+        3, 1795293708428, beat=None, status="failed", system_tags=["metaflow_version:1.13.0"]
+    ),
     service_run(2, 1795293708400, beat=None, status="failed", system_tags=["user:tester"]),
     service_run(1, 1795293708372, tags=["ta", "tb"]),
 ]
@@ -163,7 +177,10 @@ SERVICE_PROBLEMS = [
     ([("status:li", "fail%")], "unsupported status filter: fail%"),
     ([("status", "failed,")], "unsupported status filter: "),
     ([("ts_epoch:gt", "abc")], "invalid ts_epoch: expected integer epoch milliseconds, got 'abc'"),
-    ([("last_heartbeat_ts", "x")], "invalid last_heartbeat_ts: expected integer epoch milliseconds, got 'x'"),
+    (
+        [("last_heartbeat_ts", "x")],
+        "invalid last_heartbeat_ts: expected integer epoch milliseconds, got 'x'",
+    ),
 ]
 FORMER_500 = [
     ([("run_number", "abc")], "invalid run_number"),
@@ -222,7 +239,19 @@ def ui_run(number, flow, status, ts, tags=(), user="tester", finished=True):
     }  # fmt: skip
 
 
-FLOWS = ["Kill", "Linear", "Foreach20", "Branch", "Params", "Retry", "Fail", "Fail", "Card", "Tag", "Nested"]
+FLOWS = [
+    "Kill",
+    "Linear",
+    "Foreach20",
+    "Branch",
+    "Params",
+    "Retry",
+    "Fail",
+    "Fail",
+    "Card",
+    "Tag",
+    "Nested",
+]
 FLOWS += ["Log", "Catch", "Config", "Switch", "Switch", "Recursion"]
 UI_RUNS = [
     ui_run(n, FLOWS[n - 1] + "Flow", "failed" if n in (1, 7) else "completed", 1795293431746 + n * 1000,
@@ -288,8 +317,20 @@ METADATA = [
     {"id": 689, "field_name": "attempt-done", "value": "1", "attempt_id": 1, "run_number": "6"},
     {"id": 684, "field_name": "attempt", "value": "1", "attempt_id": 1, "run_number": "6"},
     {"id": 673, "field_name": "attempt", "value": "0", "attempt_id": 0, "run_number": "6"},
-    {"id": 650, "field_name": "foreach-stack", "value": ["x=1", "y=2"], "attempt_id": 0, "run_number": "6"},
-    {"id": 645, "field_name": "start_step", "value": "start", "attempt_id": None, "run_number": "6"},
+    {
+        "id": 650,
+        "field_name": "foreach-stack",
+        "value": ["x=1", "y=2"],
+        "attempt_id": 0,
+        "run_number": "6",
+    },
+    {
+        "id": 645,
+        "field_name": "start_step",
+        "value": "start",
+        "attempt_id": None,
+        "run_number": "6",
+    },
 ]
 
 
@@ -312,7 +353,9 @@ METADATA = [
     ],
 )
 def test_ui_metadata_filters(args, expected):
-    assert [r["id"] for r in filter_rows(METADATA, parse_filters(args, UI_COLUMNS["metadata"]))] == expected
+    assert [
+        r["id"] for r in filter_rows(METADATA, parse_filters(args, UI_COLUMNS["metadata"]))
+    ] == expected
 
 
 def test_underscore_in_a_text_filter_is_a_wildcard_as_recorded():
@@ -322,14 +365,18 @@ def test_underscore_in_a_text_filter_is_a_wildcard_as_recorded():
 
 
 def test_rows_without_tags_pass_no_tag_filter():
-    assert not matches({"tags": None, "system_tags": None}, parse_filters([("_tags", "runtime:dev")], {}))
+    assert not matches(
+        {"tags": None, "system_tags": None}, parse_filters([("_tags", "runtime:dev")], {})
+    )
     assert not matches({}, parse_filters([("_tags:likeany", "x")], {}))
 
 
 def test_boolean_columns():
     def passing(op, value):
         rows = [{"on": True}, {"on": False}, {"on": None}]
-        return [r["on"] for r in filter_rows(rows, parse_filters([("on" + op, value)], {"on": "bool"}))]
+        return [
+            r["on"] for r in filter_rows(rows, parse_filters([("on" + op, value)], {"on": "bool"}))
+        ]
 
     assert passing("", "true") == passing(":is", "T") == passing(":ne", "0") == [True]
     assert passing("", "null,false") == [False, None]
@@ -544,7 +591,9 @@ def test_a_request_may_have_a_few_patterns(patterns):
         with pytest.raises(Problem) as caught:
             parse_filters([*args, more], UI_COLUMNS["runs"])
         assert (caught.value.status, caught.value.id) == (400, "invalid-filter")
-    assert parse_filters([*args, ("user:co", "x,y"), ("bogus:re", "x"), ("_tags", "a,b")], UI_COLUMNS["runs"])
+    assert parse_filters(
+        [*args, ("user:co", "x,y"), ("bogus:re", "x"), ("_tags", "a,b")], UI_COLUMNS["runs"]
+    )
 
 
 def test_empty_repeats_are_harmless():
@@ -673,7 +722,9 @@ def test_equals_keep_the_default_order():
 
 def test_a_fixed_first_order_comes_before_the_requested_one():
     rows = [{"task_id": 43, "attempt_id": n, "ts_epoch": 1} for n in (0, 1, 2)]
-    order = parse_order([("_order", "+ts_epoch")], UI_COLUMNS["tasks"], first=[("attempt_id", True)])
+    order = parse_order(
+        [("_order", "+ts_epoch")], UI_COLUMNS["tasks"], first=[("attempt_id", True)]
+    )
     assert [r["attempt_id"] for r in sort_rows(rows, order)] == [2, 1, 0]
 
 
@@ -692,7 +743,9 @@ def test_the_columns_a_query_looks_at_are_known():
 
 def test_page_limits_of_logs_and_cards():
     assert parse_page([], default_limit=1000, max_limit=10_000) == (1, 1000)
-    assert parse_page([("_limit", "20000"), ("_page", "3")], default_limit=1000, max_limit=10_000) == (
+    assert parse_page(
+        [("_limit", "20000"), ("_page", "3")], default_limit=1000, max_limit=10_000
+    ) == (
         3,
         10_000,
     )
@@ -736,7 +789,9 @@ def test_links_keep_every_parameter_as_it_was_meant():
         ("ts_epoch:ge", "2"),
         ("x", "a&b=\u00e9%"),
     ]
-    answer = envelope([], "http://h", "/runs", args + [("_page", "1"), ("_page", "7")], has_more=True)
+    answer = envelope(
+        [], "http://h", "/runs", args + [("_page", "1"), ("_page", "7")], has_more=True
+    )
     assert answer["links"]["next"] == (
         "http://h/runs?_tags=sp%20ace&_order=%2Bts_epoch&ts_epoch:ge=1&ts_epoch:ge=2&x=a%26b%3D%C3%A9%25&_page=2"
     )
@@ -798,7 +853,9 @@ def test_cursor_pages_of_recorded_runs():
 def test_cursor_is_written_as_recorded():
     rows = [{"ts_epoch": 1795293708572, "run_number": 7}, {"ts_epoch": 1, "run_number": 1}]
     _, headers = cursor_page(rows, [("_limit", "1")], KEY)
-    assert headers["X-Next-Cursor"] == "eyJ0c19lcG9jaCI6IDE3OTUyOTM3MDg1NzIsICJydW5fbnVtYmVyIjogN30="
+    assert (
+        headers["X-Next-Cursor"] == "eyJ0c19lcG9jaCI6IDE3OTUyOTM3MDg1NzIsICJydW5fbnVtYmVyIjogN30="
+    )
     rows = [
         {"ts_epoch": 1795293739135, "task_id": 1, "name": "nf"},
         {"ts_epoch": 1, "task_id": 1, "name": "a"},
@@ -823,17 +880,27 @@ def test_equal_times_and_both_kinds_of_ids():
     while args:
         page, headers = cursor_page(rows, args, KEY)
         seen += [row["run_number"] for row in page]
-        args = [("_limit", "2"), ("_cursor", headers["X-Next-Cursor"])] if "X-Next-Cursor" in headers else []
+        args = (
+            [("_limit", "2"), ("_cursor", headers["X-Next-Cursor"])]
+            if "X-Next-Cursor" in headers
+            else []
+        )
     assert seen == ["b", "a", 10, 9, 2]
 
 
 def test_rows_without_a_time_come_last_and_can_be_paged():
-    rows = [{"ts_epoch": at, "run_number": n} for n, at in enumerate((None, 5, None, 7, None, None, 6))]
+    rows = [
+        {"ts_epoch": at, "run_number": n} for n, at in enumerate((None, 5, None, 7, None, None, 6))
+    ]
     seen, args = [], [("_limit", "2")]
     while args:
         page, headers = cursor_page(rows, args, KEY)
         seen += [row["run_number"] for row in page]
-        args = [("_limit", "2"), ("_cursor", headers["X-Next-Cursor"])] if "X-Next-Cursor" in headers else []
+        args = (
+            [("_limit", "2"), ("_cursor", headers["X-Next-Cursor"])]
+            if "X-Next-Cursor" in headers
+            else []
+        )
     assert seen == [3, 6, 1, 5, 4, 2, 0]
 
 
@@ -903,11 +970,16 @@ def test_bad_cursors_and_limits(name, value, problem):
 
 def test_ten_thousand_rows():
     """A page of 30 out of 10,000 runs takes a few ms; the bounds leave room for a loaded machine."""
-    rows = [ui_run(n, "Flow%d" % (n % 50), "completed", 1795293431746 + n) for n in range(10_000, 0, -1)]
+    rows = [
+        ui_run(n, "Flow%d" % (n % 50), "completed", 1795293431746 + n) for n in range(10_000, 0, -1)
+    ]
     random.Random(3).shuffle(rows)
     for query, bound in (
         ("_order=-ts_epoch&_limit=30", 0.05),
-        ("status=completed,running&flow_id:co=flow&_tags=user:tester&_order=-ts_epoch&_limit=30", 0.3),
+        (
+            "status=completed,running&flow_id:co=flow&_tags=user:tester&_order=-ts_epoch&_limit=30",
+            0.3,
+        ),
         ("_group=flow_id&_group_limit=7&_order=-ts_epoch&_limit=30", 0.15),
         ("_tags:likeany=user:te&_order=+flow_id,ts_epoch&_limit=1000", 0.5),
     ):

@@ -37,7 +37,9 @@ class Tree:
 
     def run(self, script, *options, ok=True):
         env = {key: value for key, value in os.environ.items() if not key.startswith("METAFLOW")}
-        env.update(USERNAME="tester", METAFLOW_HOME=self.root, METAFLOW_DATASTORE_SYSROOT_LOCAL=self.root)
+        env.update(
+            USERNAME="tester", METAFLOW_HOME=self.root, METAFLOW_DATASTORE_SYSROOT_LOCAL=self.root
+        )
         env["METAFLOW_DEFAULT_METADATA"] = "local"
         command = [
             sys.executable,
@@ -48,7 +50,9 @@ class Tree:
             "2",
             *options,
         ]
-        done = subprocess.run(command, env=env, cwd=self.root, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            command, env=env, cwd=self.root, capture_output=True, text=True, timeout=180
+        )
         assert (done.returncode == 0) is ok, done.stdout + done.stderr
         return self
 
@@ -57,14 +61,20 @@ class Tree:
 
     def task(self, flow, step, number=0):
         run = self.run_id(flow)
-        tasks = [name for name in os.listdir(os.path.join(self.dir, flow, run, step)) if name.isdigit()]
+        tasks = [
+            name for name in os.listdir(os.path.join(self.dir, flow, run, step)) if name.isdigit()
+        ]
         return flow, run, step, sorted(tasks, key=int)[number]
 
     def records(self, task, kind="artifact"):
         meta = os.path.join(self.dir, *task, "_meta")
         found = []
         for name in sorted(os.listdir(meta)):
-            if ("_artifact_" in name) if kind == "artifact" else name.startswith("sysmeta_" + kind + "_"):
+            if (
+                ("_artifact_" in name)
+                if kind == "artifact"
+                else name.startswith("sysmeta_" + kind + "_")
+            ):
                 with open(os.path.join(meta, name)) as file:
                     found.append(json.load(file))
         return found
@@ -116,7 +126,14 @@ PLAIN = {
     "number": 12,
     "whole": 2**100,
     "unicode": "é 世界 😀",
-    "nested": {"a": [1, 2, {"b": None}], "t": (1,), "f": 1.5, "s": {3}, "z": frozenset(), "y": b"\x00q"},
+    "nested": {
+        "a": [1, 2, {"b": None}],
+        "t": (1,),
+        "f": 1.5,
+        "s": {3},
+        "z": frozenset(),
+        "y": b"\x00q",
+    },
     "moment": datetime.datetime(2026, 11, 21, 22, 30, 1, 5),
     "zoned": datetime.datetime(2026, 11, 21, tzinfo=datetime.timezone.utc),
     "day": datetime.date(2026, 11, 21),
@@ -162,7 +179,11 @@ def test_included_file(tree):
 def with_state(name: str, state: Any) -> bytes:
     """The pickle of an object of the class `name`, by which `state` would be set."""
     module, _, kind = name.rpartition(".")
-    return b"\x80\x02c%s\n%s\n)\x81" % (module.encode(), kind.encode()) + pickle.dumps(state, 2)[2:-1] + b"b."
+    return (
+        b"\x80\x02c%s\n%s\n)\x81" % (module.encode(), kind.encode())
+        + pickle.dumps(state, 2)[2:-1]
+        + b"b."
+    )
 
 
 def included_at(root: pathlib.Path, url: Any, **more: Any) -> dict[str, Any]:
@@ -186,15 +207,33 @@ def test_included_file_is_only_read_by_its_content(tmp_path):
     for text, id in (("mine", None), ("secret", "artifact-unreadable")):
         name = hashlib.sha1(b"mine").hexdigest()
         (tmp_path / "data" / "F" / name).write_bytes(gzip.compress(text.encode()))
-        shown = mflocal.artifact_content(str(tmp_path), included_at(tmp_path, "local:///gone/data/F/" + name))
-        assert shown == {"content": "mine"} if id is None else shown["postprocess_error"]["id"] == id
+        shown = mflocal.artifact_content(
+            str(tmp_path), included_at(tmp_path, "local:///gone/data/F/" + name)
+        )
+        assert (
+            shown == {"content": "mine"} if id is None else shown["postprocess_error"]["id"] == id
+        )
     for url in ("local:///etc/passwd", "s3://bucket/F/" + name, "local://" + name, "", None, 7):
         shown = mflocal.artifact_content(str(tmp_path), included_at(tmp_path, url))
         assert shown["postprocess_error"]["id"] == "datastore-not-local", url
 
 
 @pytest.mark.parametrize(
-    "encoding", ["hex", "rot13", "base64", "undefined", "idna", "punycode", "no-such", "a/b", "", 7, ["utf-8"], None]
+    "encoding",
+    [
+        "hex",
+        "rot13",
+        "base64",
+        "undefined",
+        "idna",
+        "punycode",
+        "no-such",
+        "a/b",
+        "",
+        7,
+        ["utf-8"],
+        None,
+    ],
 )
 def test_included_file_in_an_encoding_that_is_none(tmp_path: pathlib.Path, encoding: Any) -> None:
     """What codecs knows besides text encodings raises, or takes quadratic time."""
@@ -217,7 +256,9 @@ def test_included_files_behind_a_link_out_of_the_root_are_not_read(tmp_path: pat
     (root / "data").symlink_to(tmp_path / "out")
     shown = mflocal.artifact_content(str(root), included_at(root, url))
     assert shown["postprocess_error"]["id"] == "datastore-not-local"
-    named = mflocal.artifact_content(str(root), included_at(root, url), data_roots=[str(tmp_path / "out")])
+    named = mflocal.artifact_content(
+        str(root), included_at(root, url), data_roots=[str(tmp_path / "out")]
+    )
     assert named == {"content": "secret"}, "where the user said that they are"
     (root / "data").unlink()
     url = include(root / "kept", b"mine")
@@ -230,7 +271,9 @@ def test_too_large(tree):
     error = content(tree, "huge")["postprocess_error"]
     size = len(pickle.dumps("z" * (3 << 20), protocol=4))
     assert error["id"] == "artifact-too-large" and error["traceback"] is None
-    assert error["detail"].startswith("/".join(task) + "/huge: ") and error["detail"].endswith(" bytes")
+    assert error["detail"].startswith("/".join(task) + "/huge: ") and error["detail"].endswith(
+        " bytes"
+    )
     assert abs(int(error["detail"].split()[-2]) - size) < 32
 
 
@@ -312,7 +355,9 @@ def test_missing_and_damaged(tree, tmp_path):
     for value in ({"cas_raw": True, "cas_version": 1}, {"cas_raw": False, "cas_version": 9}, ["x"]):
         made = blob(tmp_path, pickle.dumps(2), packed=pickle.dumps(2), meta=value)
         shown = mflocal.artifact_content(str(tmp_path), made)
-        assert ("content" in shown) is (isinstance(value, dict) and value["cas_version"] == 1), value
+        assert ("content" in shown) is (isinstance(value, dict) and value["cas_version"] == 1), (
+            value
+        )
 
 
 def test_encodings_of_extensions_are_not_unpickled(tmp_path):
@@ -324,8 +369,12 @@ def test_encodings_of_extensions_are_not_unpickled(tmp_path):
 def test_an_encoding_that_is_no_text_is_none(tmp_path: pathlib.Path, encoding: Any) -> None:
     task = tmp_path / "F/1/s/1"
     task.mkdir(parents=True)
-    (task / "0.data.json").write_text(json.dumps({"objects": {}, "info": {"a": {"encoding": encoding}}}))
-    assert mflocal.artifact_content(str(tmp_path), blob(tmp_path, pickle.dumps("x"))) == {"content": "x"}
+    (task / "0.data.json").write_text(
+        json.dumps({"objects": {}, "info": {"a": {"encoding": encoding}}})
+    )
+    assert mflocal.artifact_content(str(tmp_path), blob(tmp_path, pickle.dumps("x"))) == {
+        "content": "x"
+    }
     told = blob(tmp_path, pickle.dumps("y"), name="b", content_type=encoding)
     assert mflocal.artifact_content(str(tmp_path), told) == {"content": "y"}
 
@@ -342,7 +391,14 @@ def blob(root, data, packed=None, meta=None, **fields):
         file.write(gzip.compress(data, 1) if packed is None else packed)
     with open(os.path.join(folder, sha + "_meta"), "w") as file:
         json.dump({"cas_raw": False, "cas_version": 1} if meta is None else meta, file)
-    record = {"flow_id": "F", "run_number": 1, "step_name": "s", "task_id": 1, "name": "a", "attempt_id": 0}
+    record = {
+        "flow_id": "F",
+        "run_number": 1,
+        "step_name": "s",
+        "task_id": 1,
+        "name": "a",
+        "attempt_id": 0,
+    }
     record.update(sha=sha, ds_type="local", location=":root:" + str(root), content_type="pickle-v4")
     record.update(fields)
     return record
@@ -363,7 +419,8 @@ def test_symlinks_to_the_outside_open_nothing(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(target)
         assert (
-            mflocal.artifact_content(str(inside), mine)["postprocess_error"]["id"] == "artifact-not-found"
+            mflocal.artifact_content(str(inside), mine)["postprocess_error"]["id"]
+            == "artifact-not-found"
         ), link
         path.unlink()
     good = blob(inside, pickle.dumps("mine"))
@@ -378,7 +435,8 @@ def test_fifos_and_directories_do_not_block(tmp_path):
         os.unlink(path)
         make(path)
         assert (
-            mflocal.artifact_content(str(tmp_path), record)["postprocess_error"]["id"] == "artifact-not-found"
+            mflocal.artifact_content(str(tmp_path), record)["postprocess_error"]["id"]
+            == "artifact-not-found"
         )
         if make is os.mkfifo:
             continue
@@ -433,20 +491,32 @@ def hostile_pickles(marker):
     yield "nested", pickle.dumps({"a": [Reduced(fire, (Reduced(os.system, (command,)),))]})
     yield "getattr", pickle.dumps(Reduced(getattr, (Reduced(__import__, ("os",)), "system")))
     yield "setstate", pickle.dumps(Stateful())
-    yield "state slots", pickle.dumps(Reduced(Stateful, (), (None, {"__class__": Reduced(fire, ())})))
-    yield "listitems", pickle.dumps(Reduced(collections.UserList, (), None, iter([Reduced(fire, (1,))])))
+    yield (
+        "state slots",
+        pickle.dumps(Reduced(Stateful, (), (None, {"__class__": Reduced(fire, ())}))),
+    )
+    yield (
+        "listitems",
+        pickle.dumps(Reduced(collections.UserList, (), None, iter([Reduced(fire, (1,))]))),
+    )
     yield (
         "dictitems",
         pickle.dumps(Reduced(collections.UserDict, (), None, iter([("k", Reduced(fire, (1,)))]))),
     )
-    yield "reconstructor", pickle.dumps(Reduced(copyreg._reconstructor, (Stateful, object, None), {"a": 1}))
+    yield (
+        "reconstructor",
+        pickle.dumps(Reduced(copyreg._reconstructor, (Stateful, object, None), {"a": 1})),
+    )
     yield "newobj", b"\x80\x02cposix\nsystem\nU\x05touch\x85\x81."
     yield "newobj_ex", b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x05touch\x85}\x92."
     yield "inst", b"(S'%s'\nios\nsystem\n." % command.encode()
     yield "obj", b"(cos\nsystem\nS'%s'\no." % command.encode()
     yield "stack global", b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x01" + b"1\x85R."
     yield "dotted name", b"\x80\x04\x8c\x08datetime\x8c\x14datetime.__class__.x\x93)R."
-    yield "os through datetime", b"\x80\x04\x8c\x08datetime\x8c\x0esys.modules.get\x93\x8c\x02os\x85R."
+    yield (
+        "os through datetime",
+        b"\x80\x04\x8c\x08datetime\x8c\x0esys.modules.get\x93\x8c\x02os\x85R.",
+    )
     yield "build on a list", b"\x80\x04]}\x8c\x06append\x8c\x04evils\x62."
     yield "build on a class", b"\x80\x04cdatetime\ndatetime\n}\x8c\x03now\x8c\x01xsb."
     yield "persistent id", b"Pos.system\n."
@@ -473,7 +543,9 @@ def test_hostile_pickles_do_nothing(tmp_path):
         assert not FIRED and not marker.exists(), what
         json.dumps(shown)
     assert not [name for name in set(sys.modules) - loaded if not name.startswith("encodings")]
-    shown = mflocal.artifact_content(str(tmp_path), blob(tmp_path, pickle.dumps(Reduced(os.system, ("x",)))))
+    shown = mflocal.artifact_content(
+        str(tmp_path), blob(tmp_path, pickle.dumps(Reduced(os.system, ("x",))))
+    )
     assert shown["content"].startswith("<posix.system, ")
 
 
@@ -501,11 +573,20 @@ def bombs():
     yield "frozensets", b"\x80\x04" + b"(" * 50_000 + b"\x91" * 50_000 + b"."
     yield (
         "deques",
-        b"\x80\x04" + b"ccollections\ndeque\nq\0" + b"h\0)R(" * 60_000 + b"Ne" + b"e" * 59_999 + b".",
+        b"\x80\x04"
+        + b"ccollections\ndeque\nq\0"
+        + b"h\0)R(" * 60_000
+        + b"Ne"
+        + b"e" * 59_999
+        + b".",
     )
     yield (
         "ordered dicts",
-        b"\x80\x04ccollections\nOrderedDict\nq\0" + b"h\0)RK\x01" * 60_000 + b"N" + b"s" * 60_000 + b".",
+        b"\x80\x04ccollections\nOrderedDict\nq\0"
+        + b"h\0)RK\x01" * 60_000
+        + b"N"
+        + b"s" * 60_000
+        + b".",
     )
     doubled = b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(100))
     yield "billion laughs", b"\x80\x04]q\0" + doubled + b"."
@@ -522,7 +603,9 @@ def bombs():
     yield "empty sets", b"\x80\x04(" + b"\x8f" * 1_000_000 + b"l."
     yield "memoized", b"\x80\x04N" + b"\x94" * 1_000_000 + b"."
     yield "marks", b"\x80\x04" + b"(" * 1_000_000 + b"."
-    colliding = b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") for n in range(1, 80_000))
+    colliding = b"".join(
+        b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") for n in range(1, 80_000)
+    )
     yield "colliding keys", b"\x80\x04\x8f(" + colliding + b"\x90."
     yield "nothing", b""
     yield "only stop", b"."
@@ -556,7 +639,10 @@ def test_keys_are_not_nested_deep():
     """Hashing a nest of tuples recurses in C, and hashes a shared part again each time."""
     shallow = b"\x80\x04}N" + b"\x85" * 20 + b"Ns."
     assert mflocal.unpickle_plain(shallow) == pickle.loads(shallow)
-    for deep in (b"\x80\x04}N" + b"\x85" * 40 + b"Ns.", b"\x80\x04\x8f(N" + b"2\x86" * 30 + b"\x90."):
+    for deep in (
+        b"\x80\x04}N" + b"\x85" * 40 + b"Ns.",
+        b"\x80\x04\x8f(N" + b"2\x86" * 30 + b"\x90.",
+    ):
         with pytest.raises(mflocal.UnreadablePickle):
             mflocal.unpickle_plain(deep)
 
@@ -573,7 +659,9 @@ def test_padding_behind_a_blob_is_not_read(tmp_path: pathlib.Path) -> None:
     for size, shown in ((most, "x"), (most + 1, "")):
         record = blob(tmp_path, pickle.dumps("x"), packed=packed.ljust(size, b"\0"))
         value = mflocal.read_artifact(str(tmp_path), record, limit=1000)
-        assert value.text == shown and (value.error or {}).get("id") == (None if shown else "artifact-too-large")
+        assert value.text == shown and (value.error or {}).get("id") == (
+            None if shown else "artifact-too-large"
+        )
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 1 << 20])
@@ -590,7 +678,11 @@ def copying(what: str, calls: int) -> bytes:
     """A pickle that gives one large argument, from its memo, to a constructor again and again."""
     text = b"\x80\x04X" + struct.pack("<I", 600_000) + b"x" * 600_000
     numbers = b"\x80\x04(" + b"".join(b"M" + struct.pack("<H", number) for number in range(20_000))
-    pairs = b"\x80\x04(" + b"".join(b"M" + struct.pack("<H", number) + b"N" for number in range(20_000)) + b"d"
+    pairs = (
+        b"\x80\x04("
+        + b"".join(b"M" + struct.pack("<H", number) + b"N" for number in range(20_000))
+        + b"d"
+    )
     name, argument = {
         "set": (b"builtins\nset", numbers + b"l"),
         "frozenset": (b"builtins\nfrozenset", numbers + b"t"),
@@ -613,9 +705,23 @@ def copying(what: str, calls: int) -> bytes:
 
 @pytest.mark.parametrize(
     "what",
-    ["set", "frozenset", "deque", "bytearray", "bytes", "path", "decimal", "dict", "counter", "config", "config state"],
+    [
+        "set",
+        "frozenset",
+        "deque",
+        "bytearray",
+        "bytes",
+        "path",
+        "decimal",
+        "dict",
+        "counter",
+        "config",
+        "config state",
+    ],
 )
-def test_what_constructors_copy_is_bounded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_what_constructors_copy_is_bounded(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     monkeypatch.setattr(mflocal, "PICKLE_COPIED", 4 << 20)
     few, many = blob(tmp_path, copying(what, 3)), blob(tmp_path, copying(what, 8))
     assert mflocal.artifact_content(str(tmp_path), few) == {"content": "None"}
@@ -646,7 +752,10 @@ def test_a_foreign_error_is_never_written_out(tmp_path: pathlib.Path) -> None:
     for _ in range(10):  # with 40 the text would have a million million parts
         shared = [shared, shared]
     assert wrapped({"type": shared, "exception": shared}) == "[no stacktrace]\n...: ..."
-    assert wrapped({"type": "T", "exception": {"a": shared}, "stacktrace": shared}) == "[no stacktrace]\nT: ..."
+    assert (
+        wrapped({"type": "T", "exception": {"a": shared}, "stacktrace": shared})
+        == "[no stacktrace]\nT: ..."
+    )
     assert wrapped({"type": 7, "exception": "e", "stacktrace": ""}) == "[no stacktrace]\n...: e"
     assert wrapped({"exception": "e"}) == "[no stacktrace]\nNone: e"
     assert wrapped({"type": shared, "stacktrace": "Traceback"}) == "Traceback"
@@ -668,7 +777,12 @@ def test_random_bytes_never_raise(tmp_path):
 @pytest.mark.parametrize("protocol", range(6))
 def test_all_protocols(protocol):
     values = dict(
-        PLAIN, arr=bytearray(b"x\xff"), rng=range(1, 9, 2), loop=[1], at=datetime.time(1, 2, 3), neg=-(2**70)
+        PLAIN,
+        arr=bytearray(b"x\xff"),
+        rng=range(1, 9, 2),
+        loop=[1],
+        at=datetime.time(1, 2, 3),
+        neg=-(2**70),
     )
     values["loop"].append(values["loop"])
     values["set of"] = {(1, "a"), frozenset([2])}
@@ -678,9 +792,9 @@ def test_all_protocols(protocol):
     for name, value in values.items():
         read = mflocal.plain_text(mflocal.unpickle_plain(pickle.dumps(value, protocol)))
         assert read == str(value), (name, protocol)
-        assert mflocal.plain_text(mflocal.unpickle_plain(pickle.dumps([value], protocol))) == str([value]), (
-            name
-        )
+        assert mflocal.plain_text(mflocal.unpickle_plain(pickle.dumps([value], protocol))) == str(
+            [value]
+        ), name
 
 
 def test_hypothesis_values():
@@ -698,7 +812,8 @@ def test_hypothesis_values():
         | st.uuids()
     )
     values = st.recursive(
-        flat, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner)
+        flat,
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
     )
 
     @hypothesis.settings(max_examples=150, deadline=None)
@@ -773,9 +888,13 @@ def test_config_value_of_other_versions():
         "ConfigValue",
     )
     data = b"\x80\x04\x8c'metaflow.user_configs.config_parameters\x8c\x0bConfigValue\x93"
-    assert mflocal.plain_text(mflocal.unpickle_plain(data + b"}\x8c\x02lrK\x01s\x85R.")) == "{'lr': 1}"
     assert (
-        mflocal.plain_text(mflocal.unpickle_plain(data + b")\x81}\x8c\x05_data}\x8c\x02lrK\x01ssb."))
+        mflocal.plain_text(mflocal.unpickle_plain(data + b"}\x8c\x02lrK\x01s\x85R.")) == "{'lr': 1}"
+    )
+    assert (
+        mflocal.plain_text(
+            mflocal.unpickle_plain(data + b")\x81}\x8c\x05_data}\x8c\x02lrK\x01ssb.")
+        )
         == "{'lr': 1}"
     )
 
@@ -848,7 +967,11 @@ def test_dag_of_switch_and_recursion(config_tree):
     check_graph(graph)
     assert graph["graph_structure"] == ["start", "loop", [["fin"]], "end"]
     loop = graph["steps"]["loop"]
-    assert (loop["type"], loop["next"], loop["condition"]) == ("split-switch", ["loop", "fin"], "go")
+    assert (loop["type"], loop["next"], loop["condition"]) == (
+        "split-switch",
+        ["loop", "fin"],
+        "go",
+    )
     assert loop["switch_cases"] == {"again": "loop", "stop": "fin"}
 
 
@@ -865,8 +988,15 @@ def test_dag_without_graph_info(tree):
     graph = mflocal.run_dag(tree.dir, [], steps)
     check_graph(graph)
     assert graph["graph_structure"] == ["start", [["middle", [["leaf"]], "gather"]], "join", "end"]
-    assert graph["steps"]["start"]["type"] == "split-foreach" and graph["steps"]["gather"]["type"] == "join"
-    for some in ([("start", 0)], [("a", 3), ("b", 1)], [("start", 0), ("x", 2), ("y", 2), ("z", 1)]):
+    assert (
+        graph["steps"]["start"]["type"] == "split-foreach"
+        and graph["steps"]["gather"]["type"] == "join"
+    )
+    for some in (
+        [("start", 0)],
+        [("a", 3), ("b", 1)],
+        [("start", 0), ("x", 2), ("y", 2), ("z", 1)],
+    ):
         check_graph(mflocal.run_dag(tree.dir, [], some))
     assert mflocal.run_dag(tree.dir, [], []) is None
     assert mflocal.run_dag(tree.dir, [], [("_parameters", 0)]) is None
@@ -885,7 +1015,9 @@ def test_dag_without_graph_info(tree):
             "graph_structure": None,
         },
         {
-            "steps": {"a": {"decorators": [{"name": None}, None, {"name": "card", "attributes": None}]}},
+            "steps": {
+                "a": {"decorators": [{"name": None}, None, {"name": "card", "attributes": None}]}
+            },
             "graph_structure": ["z"],
         },
         {
@@ -933,13 +1065,22 @@ def test_logs_of_a_real_task(tree):
     before = snapshot(tree.dir)
     page = mflocal.log_rows(tree.dir, task, 0, "stdout")
     expected = ["line %d" % number for number in range(12)]
-    expected += ["unicode é 世界 😀 \u2028 not a line end", "long:" + "x" * 70000, "", "carriage\rreturn"]
+    expected += [
+        "unicode é 世界 😀 \u2028 not a line end",
+        "long:" + "x" * 70000,
+        "",
+        "carriage\rreturn",
+    ]
     expected += ["no newline at the end"]
     assert [row["line"] for row in page.rows] == expected
-    assert [row["row"] for row in page.rows] == list(range(17)) and (page.pages, page.total) == (1, 17)
+    assert [row["row"] for row in page.rows] == list(range(17)) and (page.pages, page.total) == (
+        1,
+        17,
+    )
     now = time.time() * 1000
     assert all(
-        isinstance(row["timestamp"], int) and now - 3_600_000 < row["timestamp"] <= now for row in page.rows
+        isinstance(row["timestamp"], int) and now - 3_600_000 < row["timestamp"] <= now
+        for row in page.rows
     )
     assert lines_of(tree, task, 0, "stderr") == ["err ☃"]
     text = b"".join(mflocal.log_text(tree.dir, task, 0, "stdout"))
@@ -961,7 +1102,10 @@ def test_logs_as_metaflows_own_reader(tree):
         METAFLOW_DEFAULT_METADATA="local",
         USERNAME="t",
     )
-    for task, attempt in ((tree.task("ReadersData", "start"), 0), (tree.task("ReadersData", "end"), 0)):
+    for task, attempt in (
+        (tree.task("ReadersData", "start"), 0),
+        (tree.task("ReadersData", "end"), 0),
+    ):
         done = subprocess.run(
             [sys.executable, "-c", code, "/".join(task), str(attempt)],
             env=env,
@@ -987,21 +1131,29 @@ def test_logs_of_each_attempt(tree):
 @pytest.mark.parametrize("limit,total", [(5, 12), (5, 10), (7, 3), (1, 2), (1000, 12), (3, 0)])
 def test_log_pages(tmp_path, limit, total):
     """Forwards cut from the front; backwards the last page comes first, and is the short remainder."""
-    write_log(tmp_path, "0.runtime_stdout.log", b"".join(mflog(n, "l%d" % n) + b"\n" for n in range(total)))
+    write_log(
+        tmp_path,
+        "0.runtime_stdout.log",
+        b"".join(mflog(n, "l%d" % n) + b"\n" for n in range(total)),
+    )
     pages = max(1, -(-total // limit))
     seen, backwards = [], []
     for number in range(1, pages + 1):
         page = mflocal.log_rows(str(tmp_path), TASK, 0, "stdout", limit=limit, page=number)
         assert (page.pages, page.total) == (pages, total)
         seen += page.rows
-        back = mflocal.log_rows(str(tmp_path), TASK, 0, "stdout", limit=limit, page=number, reverse=True)
+        back = mflocal.log_rows(
+            str(tmp_path), TASK, 0, "stdout", limit=limit, page=number, reverse=True
+        )
         backwards += back.rows
         if number == 1 and total:
             assert len(back.rows) == (total % limit or limit)
     assert [row["row"] for row in seen] == list(range(total))
     assert backwards == seen[::-1]
     for beyond in (pages + 1, 0, -3):
-        assert mflocal.log_rows(str(tmp_path), TASK, 0, "stdout", limit=limit, page=beyond).rows == []
+        assert (
+            mflocal.log_rows(str(tmp_path), TASK, 0, "stdout", limit=limit, page=beyond).rows == []
+        )
     assert mflocal.log_rows(str(tmp_path), TASK, 0, "stdout", limit=0).rows == seen
 
 
@@ -1050,7 +1202,15 @@ def test_lines_without_a_header_stay_where_they_are(tmp_path):
     assert [row["line"] for row in rows] == [
         "one", "bare [MFLOG|0|x", "", "two\r", "[MFLOG|0|notatimeZ|a|b]odd", "\ufffd\ufffd", "kept",
     ]  # fmt: skip
-    assert [row["timestamp"] is None for row in rows] == [False, True, True, False, True, True, False]
+    assert [row["timestamp"] is None for row in rows] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_log_of_before_mflog(tmp_path):
@@ -1115,16 +1275,25 @@ def test_large_log_is_fast_and_bounded(tmp_path):
 
 
 def test_very_long_line(tmp_path):
-    write_log(tmp_path, "0.runtime_stdout.log", mflog(1, "é" * 2_000_000) + b"\n" + mflog(2, "next") + b"\n")
+    write_log(
+        tmp_path,
+        "0.runtime_stdout.log",
+        mflog(1, "é" * 2_000_000) + b"\n" + mflog(2, "next") + b"\n",
+    )
     rows = lines_of_path(tmp_path)
     assert rows[1] == "next" and rows[0].startswith("éé") and 500_000 < len(rows[0]) < 1_100_000
     assert rows[0].endswith("more bytes: download the log to see them]")
-    assert b"".join(mflocal.log_text(str(tmp_path), TASK, 0, "stdout")).decode() == "é" * 2_000_000 + "\nnext"
+    assert (
+        b"".join(mflocal.log_text(str(tmp_path), TASK, 0, "stdout")).decode()
+        == "é" * 2_000_000 + "\nnext"
+    )
 
 
 def test_a_page_of_long_lines_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(mflocal, "LOG_PAGE_BYTES", 10_000)
-    write_log(tmp_path, "0.runtime_stdout.log", b"".join(mflog(n, "y" * 3000) + b"\n" for n in range(20)))
+    write_log(
+        tmp_path, "0.runtime_stdout.log", b"".join(mflog(n, "y" * 3000) + b"\n" for n in range(20))
+    )
     rows = mflocal.log_rows(str(tmp_path), TASK, 0, "stdout").rows
     assert len(rows) == 20 and sum(len(row["line"]) for row in rows) < 20_000
 
@@ -1138,24 +1307,33 @@ def test_more_lines_than_are_indexed(tmp_path, monkeypatch):
     assert text.split(b"\n") == [b"l%d" % n for n in range(15)]
 
 
-def test_more_bytes_than_are_indexed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_bytes_than_are_indexed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A sparse file may have any length; its lines are looked for in the first part only."""
     monkeypatch.setattr(mflocal, "_LOG_BLOCK", 1000)
     monkeypatch.setattr(mflocal, "LOG_INDEX_BYTES", 5000)
     line = mflog(1, "x" * 20) + b"\n"
     write_log(tmp_path, "0.runtime_stdout.log", line * 1000)
     page = mflocal.log_rows(str(tmp_path), TASK, 0, "stdout")
-    assert page.rows[-1]["line"].startswith("... more lines than") and page.rows[-2]["line"] == "x" * 20
+    assert (
+        page.rows[-1]["line"].startswith("... more lines than")
+        and page.rows[-2]["line"] == "x" * 20
+    )
     assert 5000 // len(line) < page.total <= 6000 // len(line) + 1
     path = os.path.join(str(tmp_path), *TASK, "0.runtime_stdout.log")
     with open(path, "ab") as file:
         file.write(line)
-    assert mflocal.log_rows(str(tmp_path), TASK, 0, "stdout").total == page.total, "what comes later is beyond it"
+    assert mflocal.log_rows(str(tmp_path), TASK, 0, "stdout").total == page.total, (
+        "what comes later is beyond it"
+    )
     text = b"".join(mflocal.log_text(str(tmp_path), TASK, 0, "stdout"))
     assert text == b"\n".join([b"x" * 20] * 1001)
 
 
-def test_a_first_line_longer_than_what_is_indexed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_line_longer_than_what_is_indexed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mflocal, "_LOG_BLOCK", 1000)
     monkeypatch.setattr(mflocal, "LOG_INDEX_BYTES", 5000)
     write_log(tmp_path, "0.runtime_stdout.log", mflog(1, "x" * 200_000) + b"\n" + mflog(2, "end"))
@@ -1163,7 +1341,9 @@ def test_a_first_line_longer_than_what_is_indexed(tmp_path: pathlib.Path, monkey
     assert b"".join(mflocal.log_text(str(tmp_path), TASK, 0, "stdout")) == b"x" * 200_000 + b"\nend"
 
 
-def test_a_sparse_log_has_few_lines(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sparse_log_has_few_lines(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mflocal, "LOG_INDEX_BYTES", 2 << 20)
     write_log(tmp_path, "0.runtime_stdout.log", b"one\ntwo\n")
     os.truncate(os.path.join(str(tmp_path), *TASK, "0.runtime_stdout.log"), 16 << 20)
@@ -1174,7 +1354,9 @@ def test_a_sparse_log_has_few_lines(tmp_path: pathlib.Path, monkeypatch: pytest.
 
 def test_download_while_the_log_grows(tmp_path):
     write_log(
-        tmp_path, "0.runtime_stdout.log", b"".join(mflog(n % 60, "z" * 3000) + b"\n" for n in range(60))
+        tmp_path,
+        "0.runtime_stdout.log",
+        b"".join(mflog(n % 60, "z" * 3000) + b"\n" for n in range(60)),
     )
     text = mflocal.log_text(str(tmp_path), TASK, 0, "stdout")
     first = next(text)
@@ -1185,7 +1367,9 @@ def test_download_while_the_log_grows(tmp_path):
 
 def test_closing_a_download_closes_its_files(tmp_path):
     write_log(
-        tmp_path, "0.runtime_stdout.log", b"".join(mflog(n % 60, "z" * 3000) + b"\n" for n in range(60))
+        tmp_path,
+        "0.runtime_stdout.log",
+        b"".join(mflog(n % 60, "z" * 3000) + b"\n" for n in range(60)),
     )
     before = len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
     text = mflocal.log_text(str(tmp_path), TASK, 0, "stdout")
@@ -1202,7 +1386,9 @@ def test_logs_elsewhere(tree, tmp_path):
         assert raised.value.id == "datastore-not-local" and "not local" in raised.value.detail
         assert raised.value.status not in (403, 404)
     assert (
-        mflocal.log_rows(tree.dir, (*task[:3], "999"), 0, "stdout", ds_type="local", ds_root=tree.dir).rows
+        mflocal.log_rows(
+            tree.dir, (*task[:3], "999"), 0, "stdout", ds_type="local", ds_root=tree.dir
+        ).rows
         == []
     )
     secret = tmp_path / "F"
@@ -1261,10 +1447,15 @@ def test_cards_in_both_places_and_layouts(tmp_path):
     make_card(inside / "mf.cards", "default-aa11.html", b"<html>1")
     make_card(other, "blank-x-bb22.html", b"<html>2")
     make_card(
-        other, "blank-x-bb22.data.json", b'{"reload_token": "t", "data": {}, "created_on": 1}', "runtime"
+        other,
+        "blank-x-bb22.data.json",
+        b'{"reload_token": "t", "data": {}, "created_on": 1}',
+        "runtime",
     )
     make_card(other, "default-aa11.html", b"<html>shadowed")
-    assert mflocal.list_cards(str(inside), TASK) == [{"id": None, "hash": "aa11", "type": "default"}]
+    assert mflocal.list_cards(str(inside), TASK) == [
+        {"id": None, "hash": "aa11", "type": "default"}
+    ]
     both = mflocal.list_cards(str(inside), TASK, [str(other)])
     assert both == [
         {"id": None, "hash": "aa11", "type": "default"},
@@ -1294,7 +1485,11 @@ def test_cards_still_being_written(tmp_path):
     assert mflocal.list_cards(str(tmp_path), TASK) == []
     assert mflocal.card_html(str(tmp_path), TASK, "ee55") is None
     make_card(root, "default-ee55.data.json", b'{"reload_token": "x", "da', "runtime")
-    assert mflocal.card_data(str(tmp_path), TASK, "ee55") == {"data": None, "id": None, "type": "default"}
+    assert mflocal.card_data(str(tmp_path), TASK, "ee55") == {
+        "data": None,
+        "id": None,
+        "type": "default",
+    }
     make_card(
         root,
         "default-ee55.data.json",
@@ -1320,7 +1515,8 @@ def test_cards_outside_open_nothing(tmp_path):
     inside.mkdir()
     (inside / "mf.cards").symlink_to(tmp_path / "out")
     assert (
-        mflocal.list_cards(str(inside), TASK) == [] and mflocal.card_html(str(inside), TASK, "aa11") is None
+        mflocal.list_cards(str(inside), TASK) == []
+        and mflocal.card_html(str(inside), TASK, "aa11") is None
     )
     (inside / "mf.cards").unlink()
     make_card(inside / "mf.cards", "x-bb22.html", b"<html>")
@@ -1352,7 +1548,11 @@ def test_search_artifacts(tree):
 
     row = {"flow_id": task[0], "run_number": task[1], "step_name": task[2], "task_id": task[3]}
     assert matches("number") == {**row, "searchable": True}
-    assert matches("number", "1") == matches("number", '"12"') == {**row, "searchable": True, "error": None}
+    assert (
+        matches("number", "1")
+        == matches("number", '"12"')
+        == {**row, "searchable": True, "error": None}
+    )
     assert matches("number", "") == {**row, "searchable": True, "error": None}
     assert matches("number", '"1"') is None and matches("number", "3") is None
     assert matches("unicode", "世界") and matches("text", "HÄLLO") and matches("flag", '"true"')
@@ -1361,7 +1561,9 @@ def test_search_artifacts(tree):
     assert large["searchable"] is False and large["error"]["id"] == "artifact-too-large"
     assert all(isinstance(row[key], str) for key in row)
     assert (
-        mflocal.search_artifact(tree.dir, tree.artifact(task, "number", run_number=5, task_id=7))["task_id"]
+        mflocal.search_artifact(tree.dir, tree.artifact(task, "number", run_number=5, task_id=7))[
+            "task_id"
+        ]
         == "7"
     )
 
@@ -1382,7 +1584,9 @@ def test_search_foreach(value):
     assert mflocal.search_foreach(record, "inner", '"a1"') and not mflocal.search_foreach(
         record, "inner", '"a"'
     )
-    assert not mflocal.search_foreach(record, "inner", "b") and not mflocal.search_foreach(record, "other")
+    assert not mflocal.search_foreach(record, "inner", "b") and not mflocal.search_foreach(
+        record, "other"
+    )
     assert mflocal.foreach_depth(stack=value) == 2
 
 
@@ -1408,4 +1612,7 @@ def test_foreach_of_real_tasks(tree):
 
 def test_exceptions_of_a_failed_task(tree):
     shown = content(tree, "_exception", "boom", "ReadersFail")["content"]
-    assert shown.startswith("Traceback (most recent call last)") and "RuntimeError: on purpose" in shown
+    assert (
+        shown.startswith("Traceback (most recent call last)")
+        and "RuntimeError: on purpose" in shown
+    )

@@ -102,7 +102,9 @@ def test_what_counts_as_a_number(text: str, number: bool) -> None:
         ("tmpabc123", None),
     ],
 )
-def test_metadata_file_names_are_taken_apart_as_they_were_put_together(name: str, parts: Any) -> None:
+def test_metadata_file_names_are_taken_apart_as_they_were_put_together(
+    name: str, parts: Any
+) -> None:
     assert mflocal.split_metadata_file(name) == parts
     assert parts is None or mflocal.metadata_file(*parts) == name
 
@@ -123,7 +125,9 @@ def test_metadata_file_names_are_taken_apart_as_they_were_put_together(name: str
         ("sysmeta_x_1.json", None),
     ],
 )
-def test_artifact_file_names_are_taken_apart_as_they_were_put_together(name: str, parts: Any) -> None:
+def test_artifact_file_names_are_taken_apart_as_they_were_put_together(
+    name: str, parts: Any
+) -> None:
     assert mflocal.split_artifact_file(name) == parts
     assert parts is None or mflocal.artifact_file(*parts) == name
 
@@ -186,7 +190,12 @@ def test_json_that_is_refused(data: bytes) -> None:
 
 
 def test_dumps_is_what_json_dump_writes() -> None:
-    for value in ({"a": [1, None, True, "é😀\u2028\x00"], "b": {"c": 1.5}}, [], "x", {"ö": "\ud800"}):
+    for value in (
+        {"a": [1, None, True, "é😀\u2028\x00"], "b": {"c": 1.5}},
+        [],
+        "x",
+        {"ö": "\ud800"},
+    ):
         assert mflocal.dumps(value) == json.dumps(value).encode("ascii")
 
 
@@ -207,7 +216,10 @@ def test_a_problem_is_a_json_answer_that_the_ui_shows() -> None:
     [
         ({}, {}),
         ({"user_name": None, "tags": None, "system_tags": None}, {}),
-        ({"user_name": "u", "tags": ["a"], "system_tags": []}, {"user_name": "u", "tags": ["a"], "system_tags": []}),
+        (
+            {"user_name": "u", "tags": ["a"], "system_tags": []},
+            {"user_name": "u", "tags": ["a"], "system_tags": []},
+        ),
         ({"user_name": 123}, {"user_name": "123"}),
         ({"user_name": "", "unknown": [{}], "ts_epoch": 5, "flow_id": "../.."}, {"user_name": ""}),
         ({"tags": ["", "é", "x" * 1000]}, {"tags": ["", "é", "x" * 1000]}),
@@ -243,13 +255,22 @@ def test_object_bodies_that_are_refused(body: Any, named: str) -> None:
     ],
 )  # fmt: skip
 def test_metadata_values_that_are_taken(row: Any, value: Any) -> None:
-    assert mflocal.metadata_body([dict(row, field_name="f")]) == [{"field_name": "f", "value": value}]
+    assert mflocal.metadata_body([dict(row, field_name="f")]) == [
+        {"field_name": "f", "value": value}
+    ]
 
 
 def test_metadata_rows_without_keys_get_what_the_real_service_gives() -> None:
     assert mflocal.metadata_body([]) == [] and mflocal.metadata_body({}) == []
-    record = mflocal.metadata_record({"run_number": "1", "step_name": "s", "task_id": "2"}, "F", {}, 7)
-    assert (record["field_name"], record["type"], record["value"], record["user_name"]) == (" ", " ", " ", " ")
+    record = mflocal.metadata_record(
+        {"run_number": "1", "step_name": "s", "task_id": "2"}, "F", {}, 7
+    )
+    assert (record["field_name"], record["type"], record["value"], record["user_name"]) == (
+        " ",
+        " ",
+        " ",
+        " ",
+    )
     assert record["tags"] == [] and record["ts_epoch"] == 7
 
 
@@ -285,7 +306,10 @@ def test_a_body_has_so_many_rows_and_not_one_more() -> None:
 
 def test_numbers_that_json_cannot_hold_never_reach_a_record() -> None:
     """1e999 is good JSON and becomes infinity in Python; json.dumps would write `Infinity`, which is none."""
-    for body in (b'[{"field_name": "f", "value": 1e999}]', b'[{"field_name": "f", "value": ["a", -1e999]}]'):
+    for body in (
+        b'[{"field_name": "f", "value": 1e999}]',
+        b'[{"field_name": "f", "value": ["a", -1e999]}]',
+    ):
         try:
             rows = mflocal.metadata_body(mflocal.loads(body))
         except Problem as problem:
@@ -302,7 +326,10 @@ def test_numbers_that_json_cannot_hold_never_reach_a_record() -> None:
         ({"name": "x", "attempt_id": "1"}, {"name": "x", "attempt_id": 1}),
         ({"name": "x", "attempt_id": 32767}, {"name": "x", "attempt_id": 32767}),
         ({"name": "col a-b", "sha": None}, {"name": "col a-b", "attempt_id": 0}),
-        ({"name": "größe", "location": "l" * 5000}, {"name": "größe", "location": "l" * 5000, "attempt_id": 0}),
+        (
+            {"name": "größe", "location": "l" * 5000},
+            {"name": "größe", "location": "l" * 5000, "attempt_id": 0},
+        ),
         ({"name": "*", "size": 5}, {"name": "*", "attempt_id": 0}),
     ],
 )
@@ -336,7 +363,9 @@ def test_rows_have_the_keys_of_the_real_service_in_its_order() -> None:
     assert list(row) == [
         "flow_id", "run_number", "user_name", "ts_epoch", "tags", "system_tags", "last_heartbeat_ts",
     ]  # fmt: skip
-    assert row["run_number"] == 12 and mflocal.run_row("F", "argo-x", run, 5)["run_number"] == "argo-x"
+    assert (
+        row["run_number"] == 12 and mflocal.run_row("F", "argo-x", run, 5)["run_number"] == "argo-x"
+    )
     assert mflocal.step_row("F", "12", {"step_name": "s"}, run)["run_number"] == "12"
     assert mflocal.step_row("F", "12", {"step_name": "s"}, run)["user_name"] == ""
     task = mflocal.task_row("F", "12", "3", {"step_name": "s", "tags": ["own"]}, run, 5)
@@ -381,5 +410,9 @@ def test_which_clients_beat(tags: Any, wanted: bool) -> None:
 
 def test_the_user_of_a_run_is_vouched_for_by_its_system_tags() -> None:
     assert mflocal.verified_user({"user_name": "u", "system_tags": ["user:u"]}) == "u"
-    for record in ({"user_name": "u", "system_tags": ["user:v"]}, {"user_name": "u"}, {"system_tags": ["user:None"]}):
+    for record in (
+        {"user_name": "u", "system_tags": ["user:v"]},
+        {"user_name": "u"},
+        {"system_tags": ["user:None"]},
+    ):
         assert mflocal.verified_user(record) is None

@@ -152,7 +152,9 @@ def test_wrong_method(router: Router, method: str, path: str, allow: str) -> Non
 
 
 def test_options_star(router: Router) -> None:
-    assert router.dispatch(Request("OPTIONS", "*")).headers == [("Allow", "GET, HEAD, OPTIONS, PATCH, POST")]
+    assert router.dispatch(Request("OPTIONS", "*")).headers == [
+        ("Allow", "GET, HEAD, OPTIONS, PATCH, POST")
+    ]
 
 
 @pytest.mark.parametrize("segment", ["%", "%zz", "%00", "%ff", "%C0%AE"])
@@ -168,7 +170,9 @@ def test_fallback_gets_only_what_nothing_else_knows(router: Router) -> None:
     assert problem_of(lambda: router.dispatch(Request("POST", "/static/x"))).status == 404
     assert problem_of(lambda: router.dispatch(Request("GET", "/flows/F/run"))).status == 405
     assert problem_of(lambda: router.dispatch(Request("GET", "*"))).status == 405
-    assert router.dispatch(Request("OPTIONS", "/static/x")).headers == [("Allow", "GET, HEAD, OPTIONS")]
+    assert router.dispatch(Request("OPTIONS", "/static/x")).headers == [
+        ("Allow", "GET, HEAD, OPTIONS")
+    ]
 
 
 def test_async_handler() -> None:
@@ -190,7 +194,12 @@ def test_async_handler() -> None:
 def test_bad_patterns() -> None:
     router = Router()
     router.add("GET", "/a/{b}", handler("x"))
-    for method, pattern in [("GET", "/a/{b}"), ("GET", "/a/{c}"), ("GET", "a"), ("POST", "/{a}/{a}")]:
+    for method, pattern in [
+        ("GET", "/a/{b}"),
+        ("GET", "/a/{c}"),
+        ("GET", "a"),
+        ("POST", "/{a}/{a}"),
+    ]:
         with pytest.raises(ValueError):
             router.add(method, pattern, handler("y"))
     router.add("POST", "/a/{c}", handler("z"))
@@ -325,7 +334,10 @@ def test_row_15_missing_and_malformed_hosts(host: str) -> None:
     ],
 )
 def test_row_43_allowed_origin(origin: str, expected: bool) -> None:
-    assert mflocal.allowed_origin(origin, ("http://ui.example:3000", "null"), "box.example") is expected
+    assert (
+        mflocal.allowed_origin(origin, ("http://ui.example:3000", "null"), "box.example")
+        is expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,7 +363,9 @@ def test_same_origin(origin: str, authority: str, expected: bool) -> None:
 
 def check_browser(method: str, **headers: str) -> Any:
     request = Request(
-        method, headers={name.replace("_", "-"): value for name, value in headers.items()}, authority=LOCAL
+        method,
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+        authority=LOCAL,
     )
     try:
         return mflocal.check_browser(request, ("http://ui.example",))
@@ -433,7 +447,9 @@ def test_preflight() -> None:
     assert "Access-Control-Allow-Private-Network" not in headers
     data = response.encode(request, extra=mflocal.cors_headers(mflocal.check_browser(request)))
     assert b"Access-Control-Allow-Origin: " + UI.encode() + b"\r\n" in data
-    private = mflocal.preflight(preflight_request(**{"access-control-request-private-network": "true"}))
+    private = mflocal.preflight(
+        preflight_request(**{"access-control-request-private-network": "true"})
+    )
     assert dict(private.headers)["Access-Control-Allow-Private-Network"] == "true"
 
 
@@ -451,7 +467,9 @@ def test_a_preflight_of_a_foreign_page_is_refused() -> None:
 
 def test_what_is_no_preflight() -> None:
     assert not mflocal.is_preflight(Request("OPTIONS", headers={"origin": UI}))
-    assert not mflocal.is_preflight(Request("OPTIONS", headers={"access-control-request-method": "GET"}))
+    assert not mflocal.is_preflight(
+        Request("OPTIONS", headers={"access-control-request-method": "GET"})
+    )
     assert not mflocal.is_preflight(Request("GET", headers=preflight_request().headers))
 
 
@@ -461,7 +479,9 @@ KEY = "s3cret"
 COOKIE = mflocal.key_cookie(KEY)[1].partition(";")[0]
 
 
-def check_key(method: str = "GET", path: str = "/flows", key: str | None = KEY, **headers: str) -> int:
+def check_key(
+    method: str = "GET", path: str = "/flows", key: str | None = KEY, **headers: str
+) -> int:
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
         mflocal.check_key(Request(method, path, headers=names, authority=LOCAL), key)
@@ -493,7 +513,12 @@ def test_row_45_401_says_what_is_wanted() -> None:
 def test_the_cookie_is_not_the_key_and_stays_with_the_browser() -> None:
     name, value = mflocal.key_cookie(KEY)
     assert name == "Set-Cookie" and value.startswith(mflocal.KEY_COOKIE + "=")
-    assert KEY not in value and "HttpOnly" in value and "SameSite=Strict" in value and "Path=/" in value
+    assert (
+        KEY not in value
+        and "HttpOnly" in value
+        and "SameSite=Strict" in value
+        and "Path=/" in value
+    )
     assert mflocal.cookie_value("a") != mflocal.cookie_value("b")
 
 
@@ -526,7 +551,9 @@ def test_the_cookie_reads_on_our_own_pages(headers: dict[str, str], expected: in
 def test_admit_checks_in_order_and_gives_the_headers() -> None:
     def admit(authority: str, **headers: str) -> Any:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        return mflocal.admit(Request("POST", "/flows/F", headers=names, authority=authority), auth_key=KEY)
+        return mflocal.admit(
+            Request("POST", "/flows/F", headers=names, authority=authority), auth_key=KEY
+        )
 
     assert admit(LOCAL, x_api_key=KEY) == mflocal.cors_headers(None)
     assert admit(LOCAL, x_api_key=KEY, origin=UI) == mflocal.cors_headers(UI)
@@ -536,4 +563,6 @@ def test_admit_checks_in_order_and_gives_the_headers() -> None:
     assert problem.status == 403 and "Access-Control-Allow-Origin" not in problem.headers
     problem = problem_of(lambda: admit(LOCAL, origin=UI))
     assert problem.status == 401 and problem.headers["Access-Control-Allow-Origin"] == UI
-    assert b"Access-Control-Allow-Origin: " + UI.encode() in mflocal.problem_response(problem).encode()
+    assert (
+        b"Access-Control-Allow-Origin: " + UI.encode() in mflocal.problem_response(problem).encode()
+    )

@@ -21,7 +21,20 @@ import pytest
 import mflocal
 
 FILE_CALLS = frozenset(
-    ("access", "close", "fstat", "listdir", "lstat", "mkdir", "open", "pwrite", "read", "rename", "scandir", "stat")
+    (
+        "access",
+        "close",
+        "fstat",
+        "listdir",
+        "lstat",
+        "mkdir",
+        "open",
+        "pwrite",
+        "read",
+        "rename",
+        "scandir",
+        "stat",
+    )
     + ("unlink", "write", "replace", "readlink", "fsync")
 )
 BODY = {"user_name": "tester", "tags": [], "system_tags": ["user:tester"]}
@@ -29,7 +42,11 @@ HEARD: list[str] | None = None  # the paths that were opened or listed, while so
 
 
 def _hear(event: str, values: tuple[Any, ...]) -> None:
-    if HEARD is not None and event in ("open", "os.scandir", "os.listdir") and isinstance(values[0], str):
+    if (
+        HEARD is not None
+        and event in ("open", "os.scandir", "os.listdir")
+        and isinstance(values[0], str)
+    ):
         HEARD.append(values[0])
 
 
@@ -55,7 +72,9 @@ class Site:
         """The JSON of one answer."""
         raw, _, query = path.partition("?")
         data = b"" if body is None else json.dumps(body).encode()
-        request = mflocal.Request(method, raw, query, {"host": "127.0.0.1"}, data, authority="127.0.0.1:1")
+        request = mflocal.Request(
+            method, raw, query, {"host": "127.0.0.1"}, data, authority="127.0.0.1:1"
+        )
         request.connection = object()
         answer = self.service.router.dispatch(request)
         if inspect.isawaitable(answer):
@@ -68,7 +87,11 @@ class Site:
         counted: collections.Counter[str] = collections.Counter()
 
         def hook(frame: Any, event: str, function: Any) -> None:
-            if event == "c_call" and function.__module__ == "posix" and function.__name__ in FILE_CALLS:
+            if (
+                event == "c_call"
+                and function.__module__ == "posix"
+                and function.__name__ in FILE_CALLS
+            ):
                 counted[function.__name__] += 1
 
         sys.setprofile(hook)
@@ -84,7 +107,9 @@ class Site:
         HEARD = []
         try:
             self.ask(method, path)
-            return [p[len(self.metaflow_dir) + 1 :] for p in HEARD if p.startswith(self.metaflow_dir)]
+            return [
+                p[len(self.metaflow_dir) + 1 :] for p in HEARD if p.startswith(self.metaflow_dir)
+            ]
         finally:
             HEARD = None
 
@@ -132,7 +157,15 @@ def costs_of_a_flow(site: Site, flow: str, step: str, task: str) -> dict[str, di
     found: dict[str, dict[str, int]] = {}
     for number in range(2):
         rows = [{"field_name": f"f{number}", "type": "t", "value": "v", "tags": ["attempt_id:0"]}]
-        artifacts = [{"name": f"x{number}", "attempt_id": 0, "sha": "0" * 40, "ds_type": "local", "location": "l"}]
+        artifacts = [
+            {
+                "name": f"x{number}",
+                "attempt_id": 0,
+                "sha": "0" * 40,
+                "ds_type": "local",
+                "location": "l",
+            }
+        ]
         settle()
         asked: dict[str, tuple[Any, ...]] = {
             "GET flow": ("GET", f"/flows/{flow}"),
@@ -153,7 +186,9 @@ def costs_of_a_flow(site: Site, flow: str, step: str, task: str) -> dict[str, di
     return found
 
 
-def test_the_requests_of_a_flow_do_not_cost_more_in_a_wide_run(make_site: Callable[..., Site]) -> None:
+def test_the_requests_of_a_flow_do_not_cost_more_in_a_wide_run(
+    make_site: Callable[..., Site],
+) -> None:
     small = make_site(lambda path: make_tree.make_foreach(path, 3))
     large = make_site(lambda path: make_tree.make_foreach(path, 300))
     expected = costs_of_a_flow(small, "WideRun", "work", "3")
@@ -161,13 +196,19 @@ def test_the_requests_of_a_flow_do_not_cost_more_in_a_wide_run(make_site: Callab
     assert expected["GET task"] and expected["POST task"]["mkdir"] >= 2  # the calls are really seen
 
 
-def test_the_requests_of_a_flow_do_not_cost_more_after_many_runs(make_site: Callable[..., Site]) -> None:
+def test_the_requests_of_a_flow_do_not_cost_more_after_many_runs(
+    make_site: Callable[..., Site],
+) -> None:
     small = make_site(lambda path: make_tree.make_runs(path, 3))
     large = make_site(lambda path: make_tree.make_runs(path, 100))
-    assert costs_of_a_flow(large, "ManyRuns", "start", "1") == costs_of_a_flow(small, "ManyRuns", "start", "1")
+    assert costs_of_a_flow(large, "ManyRuns", "start", "1") == costs_of_a_flow(
+        small, "ManyRuns", "start", "1"
+    )
 
 
-def test_a_task_with_many_artifacts_takes_one_more_as_cheaply(make_site: Callable[..., Site]) -> None:
+def test_a_task_with_many_artifacts_takes_one_more_as_cheaply(
+    make_site: Callable[..., Site],
+) -> None:
     small = make_site(lambda path: make_tree.make_artifacts(path, 3))
     large = make_site(lambda path: make_tree.make_artifacts(path, 1000))
     costs = [costs_of_a_flow(site, "ManyArtifacts", "start", "1") for site in (small, large)]
@@ -209,7 +250,11 @@ def test_a_warm_page_of_runs_opens_nothing_of_others(make_site: Callable[..., Si
     site = make_site(lambda path: make_tree.make_runs(path, 60))
     shown = {f"ManyRuns/{row['run_number']}" for row in site.ask("GET", PAGE)["data"]}
     settle()
-    others = [p for p in site.opened("GET", PAGE) if "/".join(p.split("/")[:2]) not in shown and p != "ManyRuns"]
+    others = [
+        p
+        for p in site.opened("GET", PAGE)
+        if "/".join(p.split("/")[:2]) not in shown and p != "ManyRuns"
+    ]
     assert len(shown) == 10 and others == []
 
 
@@ -217,12 +262,16 @@ def test_the_first_page_opens_one_file_of_each_other_run(make_site: Callable[...
     site = make_site(lambda path: make_tree.make_runs(path, 60))
     opened = site.opened("GET", PAGE)
     shown = {str(row["run_number"]) for row in site.ask("GET", PAGE)["data"]}
-    others = collections.Counter(p.split("/")[1] for p in opened if p.count("/") and p.split("/")[1] not in shown)
+    others = collections.Counter(
+        p.split("/")[1] for p in opened if p.count("/") and p.split("/")[1] not in shown
+    )
     del others["_meta"]
     assert len(others) == 50 and set(others.values()) == {1}
 
 
-def test_a_flow_is_listed_without_looking_into_the_other_flows(make_site: Callable[..., Site]) -> None:
+def test_a_flow_is_listed_without_looking_into_the_other_flows(
+    make_site: Callable[..., Site],
+) -> None:
     site = make_site(lambda path: make_tree.make_flows(path, 30))
     site.ask("GET", "/api/flows?_limit=1000")
     opened = site.opened("GET", "/flows/Flow00008/runs")
@@ -268,7 +317,9 @@ def test_a_list_that_is_asked_for_again_keeps_nothing_more(make_site: Callable[.
     assert held(site, lambda: [site.ask("GET", path) for _ in range(5)]) < first / 5
 
 
-def test_records_kept_of_tasks_are_bounded(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_kept_of_tasks_are_bounded(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fill(path: str) -> None:
         run = make_tree.make_foreach(path, 40, full=True)
         assert run
@@ -299,7 +350,11 @@ def test_of_a_tasks_records_only_what_is_shown_is_kept(make_site: Callable[..., 
         make_tree.make_foreach(metaflow_dir, 50)
         for name in ("_self.json", "0_artifact__task_ok.json"):
             for path in Path(metaflow_dir).glob(f"WideRun/*/work/*/_meta/{name}"):
-                path.write_text(json.dumps({**json.loads(path.read_text()), "system_tags": [padding], "more": padding}))
+                path.write_text(
+                    json.dumps(
+                        {**json.loads(path.read_text()), "system_tags": [padding], "more": padding}
+                    )
+                )
 
     rows, kept = [], []
     for size in (1, 50_000):
@@ -307,7 +362,9 @@ def test_of_a_tasks_records_only_what_is_shown_is_kept(make_site: Callable[..., 
         run, found = only_run(site, "WideRun"), []
         paths = (f"{run}/steps/work/tasks", f"/api{run}/tasks?_limit=1000")
 
-        def ask(site: Site = site, paths: tuple[str, ...] = paths, found: list[Any] = found) -> None:
+        def ask(
+            site: Site = site, paths: tuple[str, ...] = paths, found: list[Any] = found
+        ) -> None:
             found += [site.ask("GET", path) for path in paths]
             found[:] = [len(found[0]), {row["status"] for row in found[1]["data"]}]
 
@@ -338,12 +395,18 @@ def test_a_search_for_a_pattern_gives_way(monkeypatch: pytest.MonkeyPatch) -> No
     assert found == [number > 2 for number in range(200)] + [True]
 
 
-def test_completion_gives_way(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_gives_way(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tags = [f"tag{number}" for number in range(200)]
     site = make_site(lambda path: make_tree.make_run(path, "ManyRuns", 1_700_000_000_000, tags))
     monkeypatch.setattr(mflocal, "WALK_SLICE", -1.0)
-    request = mflocal.Request("GET", "/api/tags/autocomplete", "tag:re=no.*", {"host": "127.0.0.1"}, b"")
-    assert site.loop.run_until_complete(turns_of_others(site.service.router.dispatch(request))) >= 200
+    request = mflocal.Request(
+        "GET", "/api/tags/autocomplete", "tag:re=no.*", {"host": "127.0.0.1"}, b""
+    )
+    assert (
+        site.loop.run_until_complete(turns_of_others(site.service.router.dispatch(request))) >= 200
+    )
 
 
 def served_in_order(root: Path, requests: list[bytes]) -> list[int]:
@@ -395,7 +458,10 @@ def many_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root, make_tree.make_foreach(str(root / ".metaflow"), 1)
 
 
-@pytest.mark.parametrize("path", ["/flows/ManyRuns/runs", "/api/runs?_limit=30", "/api/flows/ManyRuns/runs?status=failed"])
+@pytest.mark.parametrize(
+    "path",
+    ["/flows/ManyRuns/runs", "/api/runs?_limit=30", "/api/flows/ManyRuns/runs?status=failed"],
+)
 def test_a_heartbeat_does_not_wait_for_a_cold_list(many_runs: tuple[Path, str], path: str) -> None:
     root, run = many_runs
     beat = plain_request("POST", f"/flows/WideRun/runs/{run}/heartbeat")
@@ -406,7 +472,10 @@ def test_a_heartbeat_does_not_wait_for_the_tasks_of_a_wide_run(tmp_path: Path) -
     (tmp_path / ".metaflow").mkdir()
     run = make_tree.make_foreach(str(tmp_path / ".metaflow"), 1000)
     beat = plain_request("POST", f"/flows/WideRun/runs/{run}/heartbeat")
-    for path in (f"/api/flows/WideRun/runs/{run}/tasks?_limit=1000", f"/flows/WideRun/runs/{run}/metadata"):
+    for path in (
+        f"/api/flows/WideRun/runs/{run}/tasks?_limit=1000",
+        f"/flows/WideRun/runs/{run}/metadata",
+    ):
         assert served_in_order(tmp_path, [plain_request("GET", path), beat]) == [1, 0]
 
 
@@ -420,7 +489,9 @@ def kinds_of(run: Path) -> dict[str, tuple[Any, ...]]:
         level, *below = path.relative_to(run).parts[:-2] or ("run",)
         step = level if level in ("run", "_parameters") else "step"
         kind = " ".join([step, "task" if below else "", re.sub(r"_\d{13}\.json", "", path.name)])
-        shape = [(key, type(value).__name__) for key, value in json.loads(path.read_bytes()).items()]
+        shape = [
+            (key, type(value).__name__) for key, value in json.loads(path.read_bytes()).items()
+        ]
         found[kind] = (stat.S_IMODE(path.stat().st_mode), shape)
     return found
 
@@ -430,6 +501,8 @@ def test_made_trees_are_as_local_mode_writes_them(ran: dict[str, Any], tmp_path:
     (tmp_path / ".metaflow").mkdir()
     run = make_tree.make_foreach(str(tmp_path / ".metaflow"), 3, full=True)
     made = kinds_of(tmp_path / ".metaflow/WideRun" / run)
-    common = {kind for kind in made if not kind.endswith(("_artifact_r.json", "_artifact_n.json"))}  # that flow's own
+    common = {
+        kind for kind in made if not kind.endswith(("_artifact_r.json", "_artifact_n.json"))
+    }  # that flow's own
     assert len(common) > 30 and common - real.keys() == set()
     assert {kind: made[kind] for kind in common} == {kind: real[kind] for kind in common}

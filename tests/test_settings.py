@@ -95,7 +95,9 @@ def test_malformed_variables_are_named(tmp_path: Path, variable: str, text: str)
 
 
 def test_flags_beat_variables(tmp_path: Path) -> None:
-    settings = make(tmp_path, {"PORT": "1", "ALLOWED_HOSTS": "x"}, port="2", allowed_hosts=["a", "b"])
+    settings = make(
+        tmp_path, {"PORT": "1", "ALLOWED_HOSTS": "x"}, port="2", allowed_hosts=["a", "b"]
+    )
     assert settings.port == 2 and settings.allowed_hosts == ("a", "b")
     with pytest.raises(mflocal.SettingsError, match="^--port "):
         make(tmp_path, {"PORT": "1"}, port="x")
@@ -111,7 +113,13 @@ def test_other_machines_only_with_a_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("host", "loopback"),
-    [("127.0.0.1", True), ("127.9.8.7", True), ("LocalHost", True), ("[::1]", True), ("127.0.0.256", False)]
+    [
+        ("127.0.0.1", True),
+        ("127.9.8.7", True),
+        ("LocalHost", True),
+        ("[::1]", True),
+        ("127.0.0.256", False),
+    ]
     + [("127.0.0.1.evil.example", False), ("0.0.0.0", False), ("127.1", False), ("", False)],
 )
 def test_is_loopback(host: str, loopback: bool) -> None:
@@ -139,7 +147,9 @@ def test_one_name_per_root(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     (shared / ".metaflow").symlink_to(real / ".metaflow")
-    roots = {mflocal.find_root(None, {}, str(path))[0] for path in (real, tmp_path / "link", shared)}
+    roots = {
+        mflocal.find_root(None, {}, str(path))[0] for path in (real, tmp_path / "link", shared)
+    }
     assert roots == {str(real.resolve())}
 
 
@@ -148,12 +158,20 @@ CASES = {
     "nearest": ({"work/.metaflow/x": "", ".metaflow/x": ""}, {}, "work/a/b"),
     "upward": ({".metaflow/x": "", "work/a/b/x": ""}, {}, "work/a/b"),
     "file is no directory": ({".metaflow/x": "", "work/.metaflow": ""}, {}, "work"),
-    "variable": ({".metaflow/x": ""}, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": "{top}/elsewhere"}, "work"),
+    "variable": (
+        {".metaflow/x": ""},
+        {"METAFLOW_DATASTORE_SYSROOT_LOCAL": "{top}/elsewhere"},
+        "work",
+    ),
     "relative variable": ({}, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": "sub/dir"}, "work"),
     "empty variable": ({".metaflow/x": ""}, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": ""}, "work"),
     "project file": ({".metaflow/config.json": "p", "home/config.json": "g"}, {}, "work"),
     "home file": ({".metaflow/x": "", "home/config.json": "g"}, {}, "work"),
-    "profile": ({"home/config_dev.json": "g", "home/config.json": "p"}, {"METAFLOW_PROFILE": "dev"}, "work"),
+    "profile": (
+        {"home/config_dev.json": "g", "home/config.json": "p"},
+        {"METAFLOW_PROFILE": "dev"},
+        "work",
+    ),
     "tilde stays": ({}, {"METAFLOW_DATASTORE_SYSROOT_LOCAL": "~/x"}, "work"),
 }
 ASK_METAFLOW = """
@@ -170,17 +188,28 @@ def test_root_is_the_one_that_metaflow_uses(tmp_path: Path, case: str) -> None:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {"p": str(tmp_path / "by_project"), "g": str(tmp_path / "by_home")}
-        path.write_text(json.dumps({"METAFLOW_DATASTORE_SYSROOT_LOCAL": values[text]}) if text else "")
+        path.write_text(
+            json.dumps({"METAFLOW_DATASTORE_SYSROOT_LOCAL": values[text]}) if text else ""
+        )
     (tmp_path / cwd).mkdir(parents=True, exist_ok=True)
     env = clean_env(METAFLOW_HOME=str(tmp_path / "home"))
     env.update({key: value.format(top=tmp_path) for key, value in variables.items()})
     told = subprocess.run(
-        [sys.executable, "-c", ASK_METAFLOW], cwd=tmp_path / cwd, env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", ASK_METAFLOW],
+        cwd=tmp_path / cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     ours = mflocal.find_root(None, env, str(tmp_path / cwd))[0]
     if case == "project file" and "by_home" in told:
         pytest.skip("this Metaflow is too old to read the project's file")
-    expected = str(tmp_path / cwd) if told == "None" else os.path.dirname(os.path.join(tmp_path / cwd, told))
+    expected = (
+        str(tmp_path / cwd)
+        if told == "None"
+        else os.path.dirname(os.path.join(tmp_path / cwd, told))
+    )
     assert ours == os.path.realpath(expected)
 
 
@@ -193,7 +222,9 @@ def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
 
 def test_missing_profile_is_named(tmp_path: Path) -> None:
     with pytest.raises(mflocal.SettingsError, match="METAFLOW_PROFILE"):
-        mflocal.find_root(None, {"METAFLOW_HOME": str(tmp_path), "METAFLOW_PROFILE": "no"}, str(tmp_path))
+        mflocal.find_root(
+            None, {"METAFLOW_HOME": str(tmp_path), "METAFLOW_PROFILE": "no"}, str(tmp_path)
+        )
 
 
 def test_nothing_is_created_by_looking(tmp_path: Path) -> None:
@@ -230,7 +261,9 @@ def both_kinds() -> list[Any]:
         ((), {"b": "y"}),
     ],
 )
-def test_our_named_tuples_are_as_those_of_typing(values: tuple[Any, ...], named: dict[str, Any]) -> None:
+def test_our_named_tuples_are_as_those_of_typing(
+    values: tuple[Any, ...], named: dict[str, Any]
+) -> None:
     made = []
     for kind in both_kinds():
         try:
@@ -240,5 +273,16 @@ def test_our_named_tuples_are_as_those_of_typing(values: tuple[Any, ...], named:
             made.append(None)
         else:
             shown = repr(one).partition("(")[2]
-            made.append((tuple(one), one.a, one.b, one.c, one._asdict(), tuple(other), one == tuple(one), shown))
+            made.append(
+                (
+                    tuple(one),
+                    one.a,
+                    one.b,
+                    one.c,
+                    one._asdict(),
+                    tuple(other),
+                    one == tuple(one),
+                    shown,
+                )
+            )
     assert made[0] == made[1]

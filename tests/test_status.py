@@ -172,7 +172,12 @@ def test_recorded_attempts():
     killed = task(began(1795293441489), created=1795293438542, beat=1795293470)
     assert attempt_rows(killed, NOW)[0][1:5] == (F, 1795293441489, 1795293470000, 28511)
     retried = task(
-        {"started_at": 1795293553931, "ok": False, "ok_at": 1795293554100, "done_at": 1795293554121},
+        {
+            "started_at": 1795293553931,
+            "ok": False,
+            "ok_at": 1795293554100,
+            "done_at": 1795293554121,
+        },
         {"started_at": 1795293556593, "ok": True, "ok_at": 1795293556700, "done_at": 1795293556744},
         created=1795293552098,
         beat=1795293552,
@@ -181,7 +186,9 @@ def test_recorded_attempts():
         (0, F, 1795293553931, 1795293554121, 190),
         (1, C, 1795293556593, 1795293556744, 151),
     ]
-    parameters = task({"done_at": 1795293432334, "task_ok_at": 1795293432300}, created=1795293431992)
+    parameters = task(
+        {"done_at": 1795293432334, "task_ok_at": 1795293432300}, created=1795293431992
+    )
     assert attempt_rows(parameters, NOW)[0][1:5] == (U, None, 1795293432334, 342)
     assert attempt_rows(parameters, NOW, task_ok=lambda n: True)[0].status == "completed"
 
@@ -193,7 +200,9 @@ def test_ok_is_reported_and_task_ok_is_asked_only_when_needed():
         asked.append(number)
         return False
 
-    rows = attempt_rows(task(ran(T, T + 1), {"done_at": T + 9}, began(NOW - 5)), NOW, task_ok=task_ok)
+    rows = attempt_rows(
+        task(ran(T, T + 1), {"done_at": T + 9}, began(NOW - 5)), NOW, task_ok=task_ok
+    )
     assert [r.ok for r in rows] == [True, False, None]
     assert [r.attempt_id for r in rows] == [0, 1, 2]
     assert asked == [1]
@@ -206,7 +215,10 @@ def test_attempt_numbers_sort_as_numbers():
 
 PARAMETERS = ("_parameters", task({"done_at": T + 300}))
 START = ("start", task(ran(T + 2_000, T + 3_000), created=T + 1_000))
-CAUGHT = ("boom", task(ran(T + 4_000, T + 5_000, False), ran(T + 6_000, T + 7_000), created=T + 3_500))
+CAUGHT = (
+    "boom",
+    task(ran(T + 4_000, T + 5_000, False), ran(T + 6_000, T + 7_000), created=T + 3_500),
+)
 FAILED = ("boom", task(ran(T + 4_000, T + 5_000, False), created=T + 3_500))
 SLEEPING = ("slow", task(began(T + 4_000), created=T + 3_500))
 WAITING = ("slow", task(created=T + 3_500))
@@ -326,7 +338,9 @@ def test_runs(name, tasks, now, keywords, expected):
 
 def test_recorded_runs():
     """Real runs with the answers the real service gave."""
-    end = task({"started_at": 1795293559283, "ok": True, "ok_at": 1795293559385, "done_at": 1795293559505})
+    end = task(
+        {"started_at": 1795293559283, "ok": True, "ok_at": 1795293559385, "done_at": 1795293559505}
+    )
     assert run_status(1795293548369, summarize([("end", end)]), NOW, heartbeat=1795293558) == (
         "completed", 1795293559385, 11016,
     )  # fmt: skip
@@ -352,7 +366,11 @@ def test_newest_attempt_ok_of_the_end_step_counts():
 def test_order_of_attempts_on_disk_does_not_matter():
     """Attempts are found in the order of file names, 10 before 2."""
     for name in ("end", "boom"):
-        for fields in ((ran(T, T + 9, False), began(T + 20)), (began(T), {"done_at": T + 9}), (ran(T, T + 9), None)):
+        for fields in (
+            (ran(T, T + 9, False), began(T + 20)),
+            (began(T), {"done_at": T + 9}),
+            (ran(T, T + 9), None),
+        ):
             straight, turned = task(*fields), task(*fields)
             turned.attempts = dict(reversed(list(straight.attempts.items())))
             one, other = summarize([(name, straight)]), summarize([(name, turned)])
@@ -406,7 +424,12 @@ STEPS = [
     ("heartbeat later than the finish", [task(ran(T, T + 700), beat=sec(T + 3_000))], {}, 3_000),
     ("heartbeat only", [task(began(T), beat=sec(T + 9_000))], {}, 9_000),
     ("newest heartbeat", [task(beat=sec(T + 9_000)), task(beat=sec(T + 3_000))], {}, 9_000),
-    ("one without hides no other", [task(began(T)), task(began(T), beat=sec(T + 9_000))], {}, 9_000),
+    (
+        "one without hides no other",
+        [task(began(T)), task(began(T), beat=sec(T + 9_000))],
+        {},
+        9_000,
+    ),
     ("lost", [task({"started_at": T, "lost_at": T + 77})], {}, 77),
     ("_task_ok only", [task({"task_ok_at": T + 70})], {}, 70),
     ("nothing yet", [task()], {}, HOUR),
@@ -439,6 +462,8 @@ def test_nothing_is_ever_negative():
                         assert row.duration is None or row.duration >= 0
                         if None not in (row.started_at, row.finished_at):
                             assert row.finished_at >= row.started_at
-                        run = run_status(T, summarize([("end", facts)]), NOW, alive=alive, lost_at=lost)
+                        run = run_status(
+                            T, summarize([("end", facts)]), NOW, alive=alive, lost_at=lost
+                        )
                         assert run.duration >= 0
                         assert (run.finished_at is None) == (run.status == mflocal.RUNNING)

@@ -70,14 +70,27 @@ def write_record(path: Path, record: Any) -> None:
 
 
 def foreign_run(metaflow_dir: Path, run: str, flow: str = "F", **more: Any) -> Path:
-    own = {"run_number": run, "flow_id": flow, "user_name": "u", "tags": [], "system_tags": [], "ts_epoch": 1000}
+    own = {
+        "run_number": run,
+        "flow_id": flow,
+        "user_name": "u",
+        "tags": [],
+        "system_tags": [],
+        "ts_epoch": 1000,
+    }
     write_record(metaflow_dir / flow / "_meta/_self.json", {"flow_id": flow, "ts_epoch": 1000})
     write_record(metaflow_dir / flow / run / "_meta/_self.json", {**own, **more})
     return metaflow_dir / flow / run
 
 
 def foreign_task(run: Path, step: str, task: str, **more: Any) -> Path:
-    own = {"run_number": run.name, "step_name": step, "flow_id": run.parent.name, "user_name": "u", "ts_epoch": 1000}
+    own = {
+        "run_number": run.name,
+        "step_name": step,
+        "flow_id": run.parent.name,
+        "user_name": "u",
+        "ts_epoch": 1000,
+    }
     own.update(tags=[], system_tags=[])
     write_record(run / step / "_meta/_self.json", own)
     write_record(run / step / task / "_meta/_self.json", {**own, "task_id": task, **more})
@@ -144,7 +157,9 @@ def test_ids_never_collide_between_processes(store: mflocal.Store, metaflow_dir:
     assert len(set(runs)) == 450 and len(set(tasks)) == 600
     assert sorted(map(int, tasks)) == list(range(1, 601))
     for task in tasks:
-        assert json.loads((Path(step.path) / task / "_meta/_self.json").read_text())["task_id"] == task
+        assert (
+            json.loads((Path(step.path) / task / "_meta/_self.json").read_text())["task_id"] == task
+        )
 
 
 def test_task_numbers_are_the_runs_not_the_steps(store: mflocal.Store, metaflow_dir: Path) -> None:
@@ -155,12 +170,18 @@ def test_task_numbers_are_the_runs_not_the_steps(store: mflocal.Store, metaflow_
     other = open_store(metaflow_dir, "other")
     theirs = other.step(other.run("F", run.id), "b")
     for _ in range(3):
-        ids += [other.create_task(theirs, {}).id, store.create_task(first, {}).id, store.create_task(second, {}).id]
+        ids += [
+            other.create_task(theirs, {}).id,
+            store.create_task(first, {}).id,
+            store.create_task(second, {}).id,
+        ]
     assert len(set(ids)) == len(ids)
 
 
 @pytest.mark.core
-def test_a_restarted_store_goes_on_counting_from_the_disk(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_a_restarted_store_goes_on_counting_from_the_disk(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     task = a_task(store)
     run = task.run
     ids = [task.id] + [store.create_task(task.step, {}).id for _ in range(4)]
@@ -174,7 +195,9 @@ def test_a_restarted_store_goes_on_counting_from_the_disk(store: mflocal.Store, 
 
 
 @pytest.mark.core
-def test_local_modes_numbers_are_served_and_passed(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_local_modes_numbers_are_served_and_passed(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     run = foreign_run(metaflow_dir, "1700000000000000")
     foreign_task(run, "_parameters", "0")
     foreign_task(run, "start", "7")
@@ -184,7 +207,9 @@ def test_local_modes_numbers_are_served_and_passed(store: mflocal.Store, metaflo
 
 
 @pytest.mark.core
-def test_ids_chosen_by_the_client_are_kept_and_taken_once(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_ids_chosen_by_the_client_are_kept_and_taken_once(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     flow = store.create_flow("F", {})
     run = store.create_run(flow, BODY, "argo-abc")
     assert run.id == "argo-abc" and store.create_run(flow, {}, "argo-abc") is None
@@ -208,7 +233,9 @@ def test_local_modes_own_names_are_no_ids(service: Client, name: str) -> None:
     if name == "_meta":
         answers.append(service("POST", f"/flows/F/runs/{run}/steps/_meta/step", {}).status)
         service.post(f"/flows/F/runs/{run}/steps/s/step", {})
-        answers.append(service("POST", f"/flows/F/runs/{run}/steps/s/task", {"task_id": "_meta"}).status)
+        answers.append(
+            service("POST", f"/flows/F/runs/{run}/steps/s/task", {"task_id": "_meta"}).status
+        )
         assert not (service.root / f".metaflow/F/{run}/s/_meta/_meta").exists()
     assert set(answers) == {400}
     assert not (service.root / ".metaflow/F" / name / "_meta").exists(), before
@@ -220,7 +247,9 @@ def test_local_modes_own_names_are_no_ids(service: Client, name: str) -> None:
 @pytest.mark.core
 def test_fields_of_one_millisecond_are_all_kept(store: mflocal.Store) -> None:
     task = a_task(store)
-    rows = mflocal.metadata_body([{"field_name": "same", "value": str(i), "type": "t"} for i in range(20)])
+    rows = mflocal.metadata_body(
+        [{"field_name": "same", "value": str(i), "type": "t"} for i in range(20)]
+    )
     assert asyncio.run(store.add_metadata(task, rows)) == 20
     names = [name for name in children(meta_of(task)) if name.startswith("sysmeta_same_")]
     assert len(names) == 20
@@ -228,16 +257,24 @@ def test_fields_of_one_millisecond_are_all_kept(store: mflocal.Store) -> None:
     assert sorted(int(row["value"]) for row in read) == list(range(20))
     assert len({row["id"] for row in read}) == 20
     for name in names:
-        assert json.loads((meta_of(task) / name).read_text())["ts_epoch"] == mflocal.split_metadata_file(name)[1]
+        assert (
+            json.loads((meta_of(task) / name).read_text())["ts_epoch"]
+            == mflocal.split_metadata_file(name)[1]
+        )
 
 
-def test_metadata_ids_are_the_same_after_a_restart(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_metadata_ids_are_the_same_after_a_restart(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     task = a_task(store)
     rows = mflocal.metadata_body([{"field_name": f"f{i % 7}", "value": str(i)} for i in range(40)])
     asyncio.run(store.add_metadata(task, rows))
     again = open_store(metaflow_dir)
     other = again.find_task("F", task.run.id, "start", task.id)
-    seen = [{row["id"]: row["value"] for row in asyncio.run(s.metadata(t))} for s, t in ((store, task), (again, other))]
+    seen = [
+        {row["id"]: row["value"] for row in asyncio.run(s.metadata(t))}
+        for s, t in ((store, task), (again, other))
+    ]
     assert seen[0] == seen[1] and len(seen[0]) == 40
 
 
@@ -263,7 +300,12 @@ def test_names_with_glob_characters_are_only_names(service: Client) -> None:
     answer = service.post(f"{task}/artifact", [{"name": name, "sha": name} for name in names])
     assert answer == {"artifacts_created": len(names)}
     assert sorted(row["name"] for row in service.get(f"{task}/artifacts")) == sorted(names)
-    for name, quoted in (("*", "*"), ("[ab]", "%5Bab%5D"), ("a?", "a%3F"), ("größe", "gr%C3%B6%C3%9Fe")):
+    for name, quoted in (
+        ("*", "*"),
+        ("[ab]", "%5Bab%5D"),
+        ("a?", "a%3F"),
+        ("größe", "gr%C3%B6%C3%9Fe"),
+    ):
         assert service.get(f"{task}/artifacts/{quoted}")["sha"] == name
     assert service("GET", f"{task}/artifacts/c*").status == 404
 
@@ -272,7 +314,12 @@ def test_names_with_glob_characters_are_only_names(service: Client) -> None:
 def test_tagging_keeps_everything_else_of_the_run(store: mflocal.Store, metaflow_dir: Path) -> None:
     run = store.create_run(store.create_flow("F", {}), BODY)
     own = meta_of(run) / "_self.json"
-    before = {**json.loads(own.read_text()), "user_name": "someone", "ts_epoch": 12345, "mine": {"a": [1]}}
+    before = {
+        **json.loads(own.read_text()),
+        "user_name": "someone",
+        "ts_epoch": 12345,
+        "mine": {"a": [1]},
+    }
     write_record(own, before)
     node = store.run("F", run.id)
     store.replace_tags(node, ["new", "größe"])
@@ -289,7 +336,10 @@ def test_concurrent_patches_lose_nothing(service: Client) -> None:
 
     def patch(number: int) -> None:
         for turn in range(5):
-            body = {"tags_to_add": [f"t{number}-{turn}"], "tags_to_remove": ["gone", f"t{number}-{turn - 1}"]}
+            body = {
+                "tags_to_add": [f"t{number}-{turn}"],
+                "tags_to_remove": ["gone", f"t{number}-{turn - 1}"],
+            }
             statuses.append(service("PATCH", path, body).status)
 
     threads = [threading.Thread(target=patch, args=(number,)) for number in range(16)]
@@ -301,7 +351,9 @@ def test_concurrent_patches_lose_nothing(service: Client) -> None:
     after = service.get(f"/flows/F/runs/{row['run_number']}")
     assert sorted(after["tags"]) == sorted(["old"] + [f"t{number}-4" for number in range(16)])
     assert after["ts_epoch"] == row["ts_epoch"]
-    disk = json.loads((service.root / f".metaflow/F/{row['run_number']}/_meta/_self.json").read_text())
+    disk = json.loads(
+        (service.root / f".metaflow/F/{row['run_number']}/_meta/_self.json").read_text()
+    )
     assert sorted(disk["tags"]) == sorted(after["tags"])
 
 
@@ -345,18 +397,32 @@ def test_what_others_write_is_seen_at_once(store: mflocal.Store, metaflow_dir: P
         assert len(asyncio.run(store.runs(flow))) == number + 2
         task = foreign_task(run, f"s{number % 3}", str(number))
         node = store.find_task("F", "1", f"s{number % 3}", str(number))
-        assert node is not None and len(asyncio.run(store.run_tasks(store.run("F", "1")))) == number + 1
+        assert (
+            node is not None
+            and len(asyncio.run(store.run_tasks(store.run("F", "1")))) == number + 1
+        )
         for turn in range(3):
-            record = {"field_name": "attempt", "value": str(turn), "type": "t", "ts_epoch": 5000 + turn, "tags": []}
+            record = {
+                "field_name": "attempt",
+                "value": str(turn),
+                "type": "t",
+                "ts_epoch": 5000 + turn,
+                "tags": [],
+            }
             write_record(task / f"_meta/sysmeta_attempt_{5000 + turn}.json", record)
             assert len(asyncio.run(store.metadata(node))) == turn + 1
             assert sorted(store.facts(node).attempts) == list(range(turn + 1))
-            write_record(task / f"_meta/{turn}_artifact_x.json", {"name": "x", "attempt_id": turn, "ts_epoch": 1})
+            write_record(
+                task / f"_meta/{turn}_artifact_x.json",
+                {"name": "x", "attempt_id": turn, "ts_epoch": 1},
+            )
             assert [row["attempt_id"] for row in asyncio.run(store.artifacts(node))][0] == turn
 
 
 @pytest.mark.core
-def test_a_change_within_one_tick_of_the_clock_is_seen(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_a_change_within_one_tick_of_the_clock_is_seen(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     """Two changes of a directory may leave the same mtime behind: a young one proves nothing."""
     run = foreign_run(metaflow_dir, "1")
     task = foreign_task(run, "start", "1")
@@ -390,7 +456,9 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(store: mflocal.Store, met
 
 
 @pytest.mark.core
-def test_a_run_rewritten_by_local_mode_is_read_again(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_a_run_rewritten_by_local_mode_is_read_again(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     run = foreign_run(metaflow_dir, "1")
     for number in range(50):
         foreign_run(metaflow_dir, "1", tags=[f"t{number % 10}"])  # the same size each time
@@ -405,7 +473,12 @@ def test_tags_given_by_local_mode_are_in_every_answer(service: Client) -> None:
     metaflow_dir = service.root / ".metaflow"
     run = foreign_run(metaflow_dir, "1", system_tags=["user:u"])
     foreign_task(run, "start", "1")
-    paths = ["/flows/F/runs/1/steps", "/flows/F/runs/1/steps/start/tasks", "/flows/F/runs", "/flows/F/runs?_tags=b"]
+    paths = [
+        "/flows/F/runs/1/steps",
+        "/flows/F/runs/1/steps/start/tasks",
+        "/flows/F/runs",
+        "/flows/F/runs?_tags=b",
+    ]
     for path in paths[:3]:
         assert service.get(path)[0]["tags"] == []
     foreign_run(metaflow_dir, "1", tags=["b"], system_tags=["user:u"])
@@ -413,7 +486,9 @@ def test_tags_given_by_local_mode_are_in_every_answer(service: Client) -> None:
         assert [row["tags"] for row in service.get(path)] == [["b"]], path
     foreign_run(metaflow_dir, "1", tags=["c"], system_tags=["user:u"])
     for path in reversed(paths):
-        assert [row["tags"] for row in service.get(path)] == ([] if path.endswith("=b") else [["c"]]), path
+        assert [row["tags"] for row in service.get(path)] == (
+            [] if path.endswith("=b") else [["c"]]
+        ), path
 
 
 def test_a_flow_that_is_deleted_and_made_again_is_served_afresh(service: Client) -> None:
@@ -425,13 +500,17 @@ def test_a_flow_that_is_deleted_and_made_again_is_served_afresh(service: Client)
     assert service.get("/flows") == [] and service.get(f"{task}/metadata") == []
     assert service("POST", f"{task}/metadata", [{"field_name": "a", "value": "v"}]).status == 400
     run, task = api_task(service)
-    assert service.get(f"{task}/metadata") == [] and [f["flow_id"] for f in service.get("/flows")] == ["F"]
+    assert service.get(f"{task}/metadata") == [] and [
+        f["flow_id"] for f in service.get("/flows")
+    ] == ["F"]
 
 
 @pytest.mark.core
 def test_a_file_that_is_not_whole_yet_waits(store: mflocal.Store, metaflow_dir: Path) -> None:
     task = foreign_task(foreign_run(metaflow_dir, "1"), "start", "1")
-    whole = json.dumps({"field_name": "attempt", "value": "0", "type": "t", "ts_epoch": 7, "tags": []})
+    whole = json.dumps(
+        {"field_name": "attempt", "value": "0", "type": "t", "ts_epoch": 7, "tags": []}
+    )
     path = task / "_meta/sysmeta_attempt_7.json"
     node = store.find_task("F", "1", "start", "1")
     for text in ("", "{", whole[:-1], "[]", "null", "\xff"):
@@ -447,7 +526,9 @@ def test_a_file_that_is_not_whole_yet_waits(store: mflocal.Store, metaflow_dir: 
     assert store.find_task("F", "1", "start", "1") is not None
 
 
-def test_a_file_completed_in_place_is_read_when_it_is_whole(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_a_file_completed_in_place_is_read_when_it_is_whole(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     """rsync --inplace and the like: the directory's mtime tells only of the beginning."""
     task = foreign_task(foreign_run(metaflow_dir, "1"), "start", "1")
     path = task / "_meta/sysmeta_attempt_7.json"
@@ -464,7 +545,9 @@ def test_a_file_completed_in_place_is_read_when_it_is_whole(store: mflocal.Store
 def test_listeners_hear_of_what_local_mode_made(store: mflocal.Store, metaflow_dir: Path) -> None:
     foreign_run(metaflow_dir, "1")
     heard: list[tuple[str, str]] = []
-    store.listeners.append(lambda event: heard.append((event.kind, event.run.id if event.run else event.flow.name)))
+    store.listeners.append(
+        lambda event: heard.append((event.kind, event.run.id if event.run else event.flow.name))
+    )
     asyncio.run(store.runs(store.flow("F")))
     asyncio.run(store.flows())
     assert heard == []
@@ -483,7 +566,9 @@ def test_listeners_hear_of_what_local_mode_made(store: mflocal.Store, metaflow_d
 @pytest.mark.core
 @pytest.mark.parametrize("level", ["flow", "run", "step", "task"])
 @pytest.mark.parametrize("what", ["directory", "_meta", "_self.json"])
-def test_links_out_of_the_tree_are_not_followed(store: mflocal.Store, tmp_path: Path, level: str, what: str) -> None:
+def test_links_out_of_the_tree_are_not_followed(
+    store: mflocal.Store, tmp_path: Path, level: str, what: str
+) -> None:
     """A checkout may have shipped them; what they point to lies outside of .metaflow."""
     outside = foreign_task(foreign_run(tmp_path / "elsewhere", "1"), "start", "1")
     inside = foreign_task(foreign_run(tmp_path / ".metaflow", "1"), "start", "1")
@@ -493,7 +578,9 @@ def test_links_out_of_the_tree_are_not_followed(store: mflocal.Store, tmp_path: 
     link, target = node / tail, target / tail
     shutil.rmtree(link) if link.is_dir() else link.unlink()
     link.symlink_to(target)
-    assert store.find_task("F", "1", "start", "1") is None or (level == "flow" and what != "directory")
+    assert store.find_task("F", "1", "start", "1") is None or (
+        level == "flow" and what != "directory"
+    )
     flows = asyncio.run(store.flows())
     seen = [[flow.name for flow in flows]]
     for flow in flows:
@@ -508,10 +595,14 @@ def test_links_out_of_the_tree_are_not_followed(store: mflocal.Store, tmp_path: 
 
 
 @pytest.mark.core
-def test_links_and_pipes_among_the_records_are_not_read(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_links_and_pipes_among_the_records_are_not_read(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     task = foreign_task(foreign_run(metaflow_dir, "1"), "start", "1")
     secret = metaflow_dir.parent / "secret.json"
-    secret.write_text(json.dumps({"field_name": "x", "value": "secret", "ts_epoch": 1, "name": "x"}))
+    secret.write_text(
+        json.dumps({"field_name": "x", "value": "secret", "ts_epoch": 1, "name": "x"})
+    )
     (task / "_meta/sysmeta_attempt_1.json").symlink_to(secret)
     (task / "_meta/0_artifact_x.json").symlink_to(secret)
     (task / "_meta/0_artifact__task_ok.json").symlink_to("/dev/zero")
@@ -536,14 +627,24 @@ def test_links_and_pipes_among_the_records_are_not_read(store: mflocal.Store, me
 def test_siblings_that_are_no_objects_are_skipped(store: mflocal.Store, metaflow_dir: Path) -> None:
     run = foreign_run(metaflow_dir, "1")
     foreign_task(run, "start", "1")
-    for name in ("mf.cards/F", "F/data/ab", "F/.tmp", "data", "F/1/x-y", "F/1/start/a b", "F/empty/_meta"):
+    for name in (
+        "mf.cards/F",
+        "F/data/ab",
+        "F/.tmp",
+        "data",
+        "F/1/x-y",
+        "F/1/start/a b",
+        "F/empty/_meta",
+    ):
         (metaflow_dir / name).mkdir(parents=True)
     (metaflow_dir / "F/latest_run").write_text("1")
     (metaflow_dir / "config.json").write_text("{}")
     (metaflow_dir / "F/1/start/1/0.task_stdout.log").write_text("x")
     assert [flow.name for flow in asyncio.run(store.flows())] == ["F"]
     assert [run.id for run in asyncio.run(store.runs(store.flow("F")))] == ["1"]
-    assert [task.pathspec for task in asyncio.run(store.run_tasks(store.run("F", "1")))] == ["F/1/start/1"]
+    assert [task.pathspec for task in asyncio.run(store.run_tasks(store.run("F", "1")))] == [
+        "F/1/start/1"
+    ]
     for name in ("data", ".mflocal", "mf.cards", "..", "F/1", "F\0"):
         assert store.flow(name) is None
 
@@ -569,10 +670,15 @@ def test_a_spoilt_record_spoils_nothing_else(service: Client) -> None:
                  "/flows/F/runs?_limit=3", "/flows/F/runs/good/steps/start/tasks", "/flows/F/runs/good/metadata",
                  "/flows/F/runs/good/steps/start/tasks?_limit=3", "/flows/G", "/flows/F/runs?user=u"):  # fmt: skip
         answer = service("GET", path)
-        if answer.status != 200 or (path.count("?") == 0 and path.endswith("runs") and len(answer.body) < 2):
+        if answer.status != 200 or (
+            path.count("?") == 0 and path.endswith("runs") and len(answer.body) < 2
+        ):
             wrong[path] = answer.status
     for number in range(len(BAD_RECORDS)):
-        for path in (f"/flows/F/runs/bad{number}", f"/flows/F/runs/bad{number}/steps/start/tasks/1"):
+        for path in (
+            f"/flows/F/runs/bad{number}",
+            f"/flows/F/runs/bad{number}/steps/start/tasks/1",
+        ):
             if service("GET", path).status >= 500:
                 wrong[path] = BAD_RECORDS[number]
     assert wrong == {}
@@ -581,7 +687,9 @@ def test_a_spoilt_record_spoils_nothing_else(service: Client) -> None:
 # -- temp files, modes, disks that refuse
 
 
-def test_temp_files_of_a_killed_daemon_are_swept(make_service: Callable[..., Client], tmp_path: Path) -> None:
+def test_temp_files_of_a_killed_daemon_are_swept(
+    make_service: Callable[..., Client], tmp_path: Path
+) -> None:
     temp = tmp_path / ".metaflow/.mflocal/tmp"
     temp.mkdir(parents=True)
     os.chmod(temp.parent, 0o700)
@@ -594,7 +702,9 @@ def test_temp_files_of_a_killed_daemon_are_swept(make_service: Callable[..., Cli
     assert children(tmp_path / ".metaflow/F/_meta") == ["_self.json"]
 
 
-def test_the_sweep_deletes_nothing_behind_a_link(make_service: Callable[..., Client], tmp_path: Path) -> None:
+def test_the_sweep_deletes_nothing_behind_a_link(
+    make_service: Callable[..., Client], tmp_path: Path
+) -> None:
     """A hostile checkout ships .metaflow/.mflocal/tmp as a link to somebody's files."""
     victim = tmp_path / "documents"
     victim.mkdir()
@@ -609,7 +719,9 @@ def test_the_sweep_deletes_nothing_behind_a_link(make_service: Callable[..., Cli
     assert (victim / "thesis").read_text() == "precious"
 
 
-def test_something_odd_among_the_temp_files_stops_nothing(make_service: Callable[..., Client], tmp_path: Path) -> None:
+def test_something_odd_among_the_temp_files_stops_nothing(
+    make_service: Callable[..., Client], tmp_path: Path
+) -> None:
     temp = tmp_path / ".metaflow/.mflocal/tmp"
     (temp / "0/deep").mkdir(parents=True)
     os.mkfifo(temp / "1")
@@ -621,7 +733,9 @@ def test_something_odd_among_the_temp_files_stops_nothing(make_service: Callable
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_modes_follow_the_umask_but_never_for_our_own(make_service: Callable[..., Client], umask: int) -> None:
+def test_modes_follow_the_umask_but_never_for_our_own(
+    make_service: Callable[..., Client], umask: int
+) -> None:
     old = os.umask(umask)
     try:
         service = make_service()
@@ -630,13 +744,17 @@ def test_modes_follow_the_umask_but_never_for_our_own(make_service: Callable[...
     run, task = api_task(service)
     service.post(f"{task}/metadata", [{"field_name": "a", "value": "v"}])
     metaflow_dir = service.root / ".metaflow"
-    assert {stat.S_IMODE(p.stat().st_mode) for p in (metaflow_dir / "F").rglob("*.json")} == {0o666 & ~umask}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (metaflow_dir / "F").rglob("*.json")} == {
+        0o666 & ~umask
+    }
     folders = [p for p in (metaflow_dir / "F").rglob("*") if p.is_dir()]
     assert {stat.S_IMODE(p.stat().st_mode) for p in folders} == {0o777 & ~umask}
     own = metaflow_dir / ".mflocal"
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
     # What lies ready in tmp is empty and becomes files of the tree: it has their mode, behind a folder that has not.
-    assert {stat.S_IMODE(p.stat().st_mode) & 0o077 for p in own.rglob("*") if p.parent.name != "tmp"} == {0}
+    assert {
+        stat.S_IMODE(p.stat().st_mode) & 0o077 for p in own.rglob("*") if p.parent.name != "tmp"
+    } == {0}
     assert {p.stat().st_size for p in (own / "tmp").iterdir()} <= {0}
 
 
@@ -665,13 +783,17 @@ def test_files_made_ahead_are_what_writes_fill(store: mflocal.Store, metaflow_di
     assert {"_mflocal.json", "abc"} < {path.name for path in written}
     assert {path.stat().st_ino for path in written} <= ready
     assert all(json.loads(path.read_text()) for path in written if path.suffix == ".json")
-    assert {path.stat().st_ino for path in temp.iterdir()} == ready - {path.stat().st_ino for path in written}
+    assert {path.stat().st_ino for path in temp.iterdir()} == ready - {
+        path.stat().st_ino for path in written
+    }
     store.discard_blanks()
     assert children(temp) == []
 
 
 @pytest.mark.parametrize("what", ["files", "folder"])
-def test_files_made_ahead_may_be_tidied_up(store: mflocal.Store, metaflow_dir: Path, what: str) -> None:
+def test_files_made_ahead_may_be_tidied_up(
+    store: mflocal.Store, metaflow_dir: Path, what: str
+) -> None:
     temp = metaflow_dir / ".mflocal/tmp"
     store.sweep()
     task = a_task(store)
@@ -694,7 +816,9 @@ def test_files_made_ahead_may_be_tidied_up(store: mflocal.Store, metaflow_dir: P
     assert asyncio.run(fresh.metadata(again))[0]["value"] == "v" and fresh.signs(again).heartbeat
 
 
-def test_a_task_that_is_gone_takes_no_files_made_ahead_with_it(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_a_task_that_is_gone_takes_no_files_made_ahead_with_it(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     task = a_task(store)
     make_ready(store)
     shutil.rmtree(task.path)
@@ -707,14 +831,20 @@ def test_a_task_that_is_gone_takes_no_files_made_ahead_with_it(store: mflocal.St
         if os.path.lexists(f"/proc/self/fd/{fd}")
     }
     temp = str(metaflow_dir / ".mflocal/tmp")
-    assert len(children(Path(temp))) == len([name for name in held if name.startswith(temp)])  # no descriptor leaks
+    assert len(children(Path(temp))) == len(
+        [name for name in held if name.startswith(temp)]
+    )  # no descriptor leaks
 
 
-def test_without_room_for_files_made_ahead_writes_go_on(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_without_room_for_files_made_ahead_writes_go_on(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     (metaflow_dir / ".mflocal/tmp").rmdir()
     store._written = mflocal.BLANKS
     store.prepare()
-    assert not (metaflow_dir / ".mflocal/tmp").exists()  # an answer about something else makes no folder again
+    assert not (
+        metaflow_dir / ".mflocal/tmp"
+    ).exists()  # an answer about something else makes no folder again
     assert a_task(store).id == "1"
 
 
@@ -772,7 +902,9 @@ def refused(metaflow_dir: Path, *uid: str) -> list[Any]:
 def test_a_full_disk_is_told_and_leaves_nothing_behind() -> None:
     disk = Path(tempfile.mkdtemp(prefix="mflocal-full-"))
     mount = shutil.which("mount")
-    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True)
+    done = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
+    )
     if not done or done.returncode:
         disk.rmdir()
         pytest.skip("no small file system can be mounted here")
@@ -807,8 +939,13 @@ def test_a_directory_that_refuses_is_told() -> None:
         before = parts_of(root / ".metaflow")
         told = refused(root / ".metaflow", *uid)
         assert [answer[:2] for answer in told] == [[500, "disk-error"]] * 6
-        assert all("Permission denied" in answer[2] and ".metaflow/" in answer[2] for answer in told)
-        assert parts_of(root / ".metaflow") == before and children(root / ".metaflow/.mflocal/tmp") == []
+        assert all(
+            "Permission denied" in answer[2] and ".metaflow/" in answer[2] for answer in told
+        )
+        assert (
+            parts_of(root / ".metaflow") == before
+            and children(root / ".metaflow/.mflocal/tmp") == []
+        )
     finally:
         subprocess.run(["chmod", "-R", "u+w", str(root)], check=False)
         shutil.rmtree(root)
@@ -835,7 +972,10 @@ def api_task(service: Client) -> tuple[str, str]:
     service("POST", "/flows/F", {})
     run = f"/flows/F/runs/{service.post('/flows/F/run', BODY)['run_number']}"
     service.post(f"{run}/steps/start/step", BODY)
-    return run, f"{run}/steps/start/tasks/{service.post(f'{run}/steps/start/task', BODY)['task_id']}"
+    return (
+        run,
+        f"{run}/steps/start/tasks/{service.post(f'{run}/steps/start/task', BODY)['task_id']}",
+    )
 
 
 @pytest.mark.core
@@ -859,12 +999,16 @@ def test_signs_of_life_are_read_back(store: mflocal.Store, metaflow_dir: Path) -
     for at in range(5):
         again.beat(node, now + at)
         again.flush_signs()
-    assert os.stat(meta_of(task)).st_mtime_ns == after >= before, "beating must not look like a change"
+    assert os.stat(meta_of(task)).st_mtime_ns == after >= before, (
+        "beating must not look like a change"
+    )
     third = open_store(metaflow_dir)
     assert third.signs(third.find_task("F", task.run.id, "start", task.id)).heartbeat == now + 4
 
 
-def test_a_shorter_sign_leaves_nothing_of_a_longer_one(store: mflocal.Store, metaflow_dir: Path) -> None:
+def test_a_shorter_sign_leaves_nothing_of_a_longer_one(
+    store: mflocal.Store, metaflow_dir: Path
+) -> None:
     task = a_task(store)
     for attempt in range(40):
         store.mark_lost(task, attempt, 1_790_000_000_000 + attempt)
@@ -872,7 +1016,9 @@ def test_a_shorter_sign_leaves_nothing_of_a_longer_one(store: mflocal.Store, met
         store.mark_lost(task, attempt, None)
     store.flush_signs()
     again = open_store(metaflow_dir)
-    assert again.signs(again.find_task("F", task.run.id, "start", task.id)).lost == {39: 1_790_000_000_039}
+    assert again.signs(again.find_task("F", task.run.id, "start", task.id)).lost == {
+        39: 1_790_000_000_039
+    }
 
 
 def test_heartbeats_survive_kill_9(make_service: Callable[..., Client]) -> None:
@@ -933,7 +1079,9 @@ def test_a_lost_process_stays_lost_over_kill_9(make_service: Callable[..., Clien
     run = f"/flows/F/runs/{client.post('/flows/F/run', BODY)['run_number']}"
     client.post(f"{run}/steps/start/step", BODY)
     task = f"{run}/steps/start/tasks/{client.post(f'{run}/steps/start/task', BODY)['task_id']}"
-    client.post(f"{task}/metadata", [{"field_name": "attempt", "value": "0", "tags": ["attempt_id:0"]}])
+    client.post(
+        f"{task}/metadata", [{"field_name": "attempt", "value": "0", "tags": ["attempt_id:0"]}]
+    )
     assert [row["status"] for row in service.get("/flows/F/runs?status=running")] == ["running"]
     client.socket.close()
     until = time.monotonic() + 5
@@ -980,7 +1128,9 @@ print(json.dumps({"run": run}))
 
 def normal_tree(metaflow_dir: Path, run: str) -> dict[str, Any]:
     """Every record below a .metaflow by its place; numbers of runs and tasks, times and orders made alike."""
-    numbers = sorted(int(p.name) for p in (metaflow_dir / "DiffFlow" / run).glob("*/*") if p.name.isdigit())
+    numbers = sorted(
+        int(p.name) for p in (metaflow_dir / "DiffFlow" / run).glob("*/*") if p.name.isdigit()
+    )
     ranks = {str(number): f"<task {rank}>" for rank, number in enumerate(numbers)}
     tree: dict[str, Any] = {}
     for path in sorted((metaflow_dir / "DiffFlow").rglob("*.json")):
@@ -1005,7 +1155,9 @@ def normal_tree(metaflow_dir: Path, run: str) -> dict[str, Any]:
 
 
 @pytest.mark.core
-def test_the_real_client_over_http_writes_what_local_mode_writes(service: Client, tmp_path: Path) -> None:
+def test_the_real_client_over_http_writes_what_local_mode_writes(
+    service: Client, tmp_path: Path
+) -> None:
     """The same calls to Metaflow's two providers leave the same files with the same keys and values."""
     (tmp_path / ".metaflow").mkdir()
     local = script(DRIVE, tmp_path, None, "local")
@@ -1058,17 +1210,26 @@ def many(value: Any) -> list[Any]:
 
 @pytest.mark.core
 @pytest.mark.parametrize("made", ["local", "http"])
-def test_a_real_run_is_served_as_local_mode_reads_it(ran: dict[str, Any], make_service: Any, made: str) -> None:
+def test_a_real_run_is_served_as_local_mode_reads_it(
+    ran: dict[str, Any], make_service: Any, made: str
+) -> None:
     """Whoever wrote it: local mode's get_object and our answers agree on every record of the run."""
     service, run = make_service(ran["root"]), ran[made]
     read = script(READ, ran["root"], None, "MetaFlow", run)
     base = f"/flows/MetaFlow/runs/{run}"
     assert alike(service.get("/flows/MetaFlow"), read["flow"])
     assert alike(service.get(base), read["run"])
-    assert {str(row["run_number"]) for row in service.get("/flows/MetaFlow/runs")} == {ran["local"], ran["http"]}
+    assert {str(row["run_number"]) for row in service.get("/flows/MetaFlow/runs")} == {
+        ran["local"],
+        ran["http"],
+    }
     assert {row["run_number"] for row in read["runs"]} == {ran["local"], ran["http"]}
     steps = {row["step_name"]: row for row in service.get(f"{base}/steps")}
-    assert set(steps) == {"_parameters", "start", "body", "join", "end"} == {row["step_name"] for row in read["steps"]}
+    assert (
+        set(steps)
+        == {"_parameters", "start", "body", "join", "end"}
+        == {row["step_name"] for row in read["steps"]}
+    )
     assert all(alike(steps[row["step_name"]], row) for row in read["steps"])
     seen = set()
     for step in steps:
@@ -1079,11 +1240,20 @@ def test_a_real_run_is_served_as_local_mode_reads_it(ran: dict[str, Any], make_s
             assert alike(row, theirs["self"]) and service.get(path) == row
             metadata = service.get(f"{path}/metadata")
             assert len(metadata) == len(theirs["metadata"])
-            assert all(any(alike(mine, record) for mine in metadata) for record in theirs["metadata"])
+            assert all(
+                any(alike(mine, record) for mine in metadata) for record in theirs["metadata"]
+            )
             for attempt in (0, 1):
-                artifacts = {a["name"]: a for a in service.get(f"{path}/attempt/{attempt}/artifacts")}
-                assert set(artifacts) == {record["name"] for record in many(theirs["artifacts"][attempt])}
-                assert all(alike(artifacts[record["name"]], record) for record in many(theirs["artifacts"][attempt]))
+                artifacts = {
+                    a["name"]: a for a in service.get(f"{path}/attempt/{attempt}/artifacts")
+                }
+                assert set(artifacts) == {
+                    record["name"] for record in many(theirs["artifacts"][attempt])
+                }
+                assert all(
+                    alike(artifacts[record["name"]], record)
+                    for record in many(theirs["artifacts"][attempt])
+                )
             latest = {a["name"] for a in service.get(f"{path}/artifacts")}
             assert latest == {record["name"] for record in many(theirs["latest"])}
     assert seen == set(read["tasks"])
@@ -1099,7 +1269,9 @@ def test_both_ways_of_running_leave_the_same_files(ran: dict[str, Any]) -> None:
         run = ran["root"] / ".metaflow/MetaFlow" / ran[made]
         shape: dict[str, Any] = {}
         for step in ("_parameters", "start", "body", "join", "end"):
-            tasks = sorted((p for p in (run / step).iterdir() if p.name != "_meta"), key=lambda p: int(p.name))
+            tasks = sorted(
+                (p for p in (run / step).iterdir() if p.name != "_meta"), key=lambda p: int(p.name)
+            )
             for rank, task in enumerate(tasks):
                 for path in (task / "_meta").iterdir():
                     name = re.sub(r"_\d{13}\.json$", "", path.name)
@@ -1117,10 +1289,17 @@ def test_local_mode_writes_beside_us_and_is_seen(service: Client) -> None:
     told = script(DRIVE, service.root, None, "local")
     base = f"/flows/DiffFlow/runs/{told['run']}"
     assert sorted(service.get(base)["tags"]) == ["größe", "new", "sticky"]
-    assert {row["run_number"] for row in service.get("/flows/DiffFlow/runs")} == {int(told["run"]), "argo-x"}
+    assert {row["run_number"] for row in service.get("/flows/DiffFlow/runs")} == {
+        int(told["run"]),
+        "argo-x",
+    }
     rows = service.get(f"{base}/steps/start/tasks/1/metadata")
-    assert {"attempt", "attempt_ok", "attempt-done", "foreach-stack", "runtime"} <= {row["field_name"] for row in rows}
-    assert [row["value"] for row in rows if row["field_name"] == "foreach-stack"] == ['{a=1,"b=2 c"}']
+    assert {"attempt", "attempt_ok", "attempt-done", "foreach-stack", "runtime"} <= {
+        row["field_name"] for row in rows
+    }
+    assert [row["value"] for row in rows if row["field_name"] == "foreach-stack"] == [
+        '{a=1,"b=2 c"}'
+    ]
     assert len(service.get(f"{base}/steps/start/tasks/1/artifacts")) == 5
     again = script(DRIVE, service.root, None, "local")
     assert len(service.get("/flows/DiffFlow/runs")) == 3
@@ -1137,7 +1316,9 @@ print(json.dumps(sorted(got)))
     assert sorted(after["system_tags"]) == sorted(before["system_tags"])
 
 
-def test_a_moment_without_descriptors_loses_no_flow(store: mflocal.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moment_without_descriptors_loses_no_flow(
+    store: mflocal.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """EMFILE for one look at `.metaflow`: what was known stays, and the next look is a whole one."""
     store.create_flow("F", {})
     os.utime(store.root, ns=(1, 1))  # so that its time is not of this moment
@@ -1185,8 +1366,12 @@ def test_tasks_nobody_asked_for_are_forgotten(store: mflocal.Store) -> None:
 
     before = listed()
     store.flush_signs()
-    store.listeners.append(lambda event: heard.append((event.kind, event.run.id if event.run else "")))
-    assert store.trim(set(), 100, 0) == 0 and store.trim(set(), 12, 60) == 0  # few enough; all just asked for
+    store.listeners.append(
+        lambda event: heard.append((event.kind, event.run.id if event.run else ""))
+    )
+    assert (
+        store.trim(set(), 100, 0) == 0 and store.trim(set(), 12, 60) == 0
+    )  # few enough; all just asked for
     assert store.trim({runs[1]}, 12, 0) == 12  # the oldest, but not the one that is held
     assert [bool(run.children) for run in runs] == [False, True, False, True]
     assert listed() == before and heard == []

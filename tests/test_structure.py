@@ -17,7 +17,10 @@ REPO = Path(__file__).resolve().parent.parent
 SOURCE = (REPO / "mflocal.py").read_text()
 TREE = ast.parse(SOURCE)
 HEADER = re.compile(r"^# ---- (\d+)\. (.+) ----$", re.M)
-SECTIONS = [(int(m.group(1)), m.group(2), SOURCE.count("\n", 0, m.start()) + 1) for m in HEADER.finditer(SOURCE)]
+SECTIONS = [
+    (int(m.group(1)), m.group(2), SOURCE.count("\n", 0, m.start()) + 1)
+    for m in HEADER.finditer(SOURCE)
+]
 TITLES = [
     "Settings", "Records", "Store", "Liveness", "Status", "Query", "Datastore readers", "HTTP", "WebSocket",
     "Router", "Metadata API", "Subscriptions", "UI API", "Server", "Daemon", "CLI",
@@ -37,7 +40,9 @@ def defined() -> dict[str, int]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names = [node.name]
         elif isinstance(node, ast.Assign):
-            names = [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+            names = [
+                n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)
+            ]
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             names = [node.target.id]
         for name in names:
@@ -75,7 +80,11 @@ def uses(node: ast.AST, local: frozenset[str] = frozenset()) -> Iterator[tuple[s
     """(name, line) of every use of a name of the module below a node."""
     if isinstance(node, ast.Name) and node.id not in local:
         yield node.id, node.lineno
-    inner = local | bound_in(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) else local
+    inner = (
+        local | bound_in(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        else local
+    )
     for child in ast.iter_child_nodes(node):
         yield from uses(child, frozenset(inner))
 
@@ -101,7 +110,11 @@ def test_private_names_stay_in_their_section() -> None:
 
 
 def test_no_name_is_defined_twice() -> None:
-    names = [n.name for n in TREE.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    names = [
+        n.name
+        for n in TREE.body
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    ]
     assert sorted(names) == sorted(set(names))
 
 
@@ -124,7 +137,13 @@ def test_commands_do_not_import_what_only_the_daemon_needs() -> None:
         f"print(*sorted(({heavy} | {slow}) & (set(sys.modules) - had)))"
     )
     # Isolated: what stands in site-packages (*.pth) may import what it likes.
-    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(REPO)!r})\n{code}"]
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(REPO)!r})\n{code}",
+    ]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
@@ -136,7 +155,9 @@ def test_what_is_loaded_late_is_all_there() -> None:
 
     for name, module in (("signal", _signal), ("_socket", _socket)):
         asked = set(re.findall(rf"(?<![\w.]){name}\.(\w+)", SOURCE))
-        assert asked and {attribute for attribute in asked if not hasattr(module, attribute)} == set(), name
+        assert (
+            asked and {attribute for attribute in asked if not hasattr(module, attribute)} == set()
+        ), name
 
 
 def test_functions_are_short_and_public_ones_documented() -> None:

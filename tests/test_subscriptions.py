@@ -15,7 +15,11 @@ import pytest
 
 import mflocal
 
-TAGS = {"user_name": "tester", "tags": ["t1"], "system_tags": ["user:tester", "metaflow_version:2.19.39"]}
+TAGS = {
+    "user_name": "tester",
+    "tags": ["t1"],
+    "system_tags": ["user:tester", "metaflow_version:2.19.39"],
+}
 
 
 class Ear:
@@ -51,7 +55,9 @@ class Hub:
         self.other = mflocal.Store(self.settings.metaflow_dir, str(temp / "other"))
         self.liveness = mflocal.Liveness(self.store)
         self.trouble: list[str] = []
-        self.subscriptions = mflocal.Subscriptions(self.store, self.liveness, self.settings, self.trouble.append)
+        self.subscriptions = mflocal.Subscriptions(
+            self.store, self.liveness, self.settings, self.trouble.append
+        )
 
     def client(self, *resources: str, **more: Any) -> Ear:
         """A client that subscribes to resources; the uuids are 0, 1, 2."""
@@ -84,16 +90,33 @@ async def settle() -> None:
 
 
 def attempt(number: int) -> dict[str, Any]:
-    return {"field_name": "attempt", "value": str(number), "type": "attempt", "tags": [f"attempt_id:{number}"]}
+    return {
+        "field_name": "attempt",
+        "value": str(number),
+        "type": "attempt",
+        "tags": [f"attempt_id:{number}"],
+    }
 
 
 def said(number: int, ok: bool) -> dict[str, Any]:
     tags = [f"attempt_id:{number}"]
-    return {"field_name": "attempt_ok", "value": str(ok), "type": "internal_attempt_status", "tags": tags}
+    return {
+        "field_name": "attempt_ok",
+        "value": str(ok),
+        "type": "internal_attempt_status",
+        "tags": tags,
+    }
 
 
 def artifact(name: str, number: int = 0, **more: Any) -> dict[str, Any]:
-    return {"name": name, "attempt_id": number, "ds_type": "local", "sha": "aa", "content_type": "pickle-v4", **more}
+    return {
+        "name": name,
+        "attempt_id": number,
+        "ds_type": "local",
+        "sha": "aa",
+        "content_type": "pickle-v4",
+        **more,
+    }
 
 
 def blob(root: Path, flow: str, value: Any) -> str:
@@ -148,7 +171,9 @@ def go(tmp_path: Path) -> Any:
 def test_resources(path: str, expected: tuple[Any, ...]) -> None:
     target = mflocal.parse_resource(path)
     assert target is not None
-    assert tuple(target) == expected + (None,) * (5 - len(expected)) + (() if len(expected) == 6 else (False,))
+    assert tuple(target) == expected + (None,) * (5 - len(expected)) + (
+        () if len(expected) == 6 else (False,)
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,8 +187,17 @@ def test_resources_that_are_silent(path: str) -> None:
 
 def test_ping_and_junk(go: Any) -> None:
     async def body(hub: Hub) -> None:
-        ear = hub.client("/runs/", "/nosuch", "/runs?ts_epoch=abc", "/runs?run=%zz", "/flows/F/runs/1/dag")
-        for text in ("__ping__", "not json", "[]", "1", '{"type": "SUBSCRIBE"}', '{"type": "NOPE", "uuid": "x"}'):
+        ear = hub.client(
+            "/runs/", "/nosuch", "/runs?ts_epoch=abc", "/runs?run=%zz", "/flows/F/runs/1/dag"
+        )
+        for text in (
+            "__ping__",
+            "not json",
+            "[]",
+            "1",
+            '{"type": "SUBSCRIBE"}',
+            '{"type": "NOPE", "uuid": "x"}',
+        ):
             hub.subscriptions.receive(ear.client, text)  # type: ignore[attr-defined]
         hub.say(ear, type="SUBSCRIBE", resource=7, uuid="x")
         hub.say(ear, type="SUBSCRIBE", resource="/runs", uuid=["x"])
@@ -176,9 +210,20 @@ def test_ping_and_junk(go: Any) -> None:
 
 def test_bad_filters_are_silent(go: Any) -> None:
     async def body(hub: Hub) -> None:
-        few, many = (",".join([".*"] * count) for count in (mflocal.MAX_PATTERNS, mflocal.MAX_PATTERNS + 1))
-        ear = hub.client(f"/runs?flow_id:re={many}", f"/runs?flow_id:re={few}", f"/runs?flow_id:re={few}&user:re=t")
-        for resource in ('/runs?tags=["\ud800"]', "/runs?_tags=\ud800", "/flows/\ud800/runs", "/runs?tags:ne=[\ud800]"):
+        few, many = (
+            ",".join([".*"] * count) for count in (mflocal.MAX_PATTERNS, mflocal.MAX_PATTERNS + 1)
+        )
+        ear = hub.client(
+            f"/runs?flow_id:re={many}",
+            f"/runs?flow_id:re={few}",
+            f"/runs?flow_id:re={few}&user:re=t",
+        )
+        for resource in (
+            '/runs?tags=["\ud800"]',
+            "/runs?_tags=\ud800",
+            "/flows/\ud800/runs",
+            "/runs?tags:ne=[\ud800]",
+        ):
             hub.say(ear, type="SUBSCRIBE", resource=resource, uuid="x")
         await settle()
         hub.make_run()
@@ -197,7 +242,11 @@ def test_nothing_is_kept_while_nobody_listens(go: Any) -> None:
         assert hub.subscriptions._tasks
         hub.say(ear, type="UNSUBSCRIBE", uuid="0")
         hub.store.replace_tags(run, ["x"])
-        assert not hub.subscriptions._pending and not hub.subscriptions._tasks and not hub.subscriptions._sent
+        assert (
+            not hub.subscriptions._pending
+            and not hub.subscriptions._tasks
+            and not hub.subscriptions._sent
+        )
 
     go(body)
 
@@ -208,13 +257,22 @@ def test_a_whole_run_in_order(go: Any) -> None:
         await settle()
         run = hub.make_run()
         await wait_for(lambda: len(ear.heard) == 2)
-        assert [(m["type"], m["resource"]) for m in ear.heard] == [("INSERT", "/flows"), ("INSERT", "/runs")]
+        assert [(m["type"], m["resource"]) for m in ear.heard] == [
+            ("INSERT", "/flows"),
+            ("INSERT", "/runs"),
+        ]
         row = await mflocal.ui_run_row(hub.store, hub.liveness, hub.settings, run)
         told = ear.heard[1]["data"]
-        assert list(told) == list(row) and told["run_number"] == int(run.id) and told["status"] == "running"
+        assert (
+            list(told) == list(row)
+            and told["run_number"] == int(run.id)
+            and told["status"] == "running"
+        )
 
         base = f"/flows/HubFlow/runs/{run.id}"
-        page = hub.client(base, base + "/steps", base + "/tasks", base + "/metadata?field_name=attempt_ok")
+        page = hub.client(
+            base, base + "/steps", base + "/tasks", base + "/metadata?field_name=attempt_ok"
+        )
         await settle()
         step = hub.store.create_step(run, "end", TAGS)
         task = hub.store.create_task(step, TAGS)
@@ -223,7 +281,10 @@ def test_a_whole_run_in_order(go: Any) -> None:
         await settle()
         await hub.store.add_metadata(task, [said(0, True)])
         await wait_for(lambda: page.heard[-1]["uuid"] == "0")
-        kinds = [(m["type"], m["uuid"], m["data"].get("status"), m["data"].get("field_name")) for m in page.heard]
+        kinds = [
+            (m["type"], m["uuid"], m["data"].get("status"), m["data"].get("field_name"))
+            for m in page.heard
+        ]
         assert kinds == [
             ("INSERT", "1", None, None),
             ("INSERT", "2", "running", None),
@@ -243,7 +304,12 @@ def test_attempts_are_inserted_and_supersede(go: Any) -> None:
         task = hub.store.create_task(hub.store.create_step(run, "start", TAGS), TAGS)
         await hub.store.add_metadata(task, [attempt(0)])
         where = f"/flows/HubFlow/runs/{run.id}/steps/start/tasks"
-        ear = hub.client(where, where + f"/{task.id}", where + f"/{task.id}/attempts", where + "?status=completed")
+        ear = hub.client(
+            where,
+            where + f"/{task.id}",
+            where + f"/{task.id}/attempts",
+            where + "?status=completed",
+        )
         await settle()
         await hub.store.add_metadata(task, [said(0, False)])
         await settle()
@@ -420,7 +486,9 @@ def test_what_another_process_writes_is_told(go: Any) -> None:
         await wait_for(lambda: len(home.heard) == 2)
         assert [(m["type"], m["uuid"]) for m in home.heard] == [("INSERT", "1"), ("INSERT", "0")]
         base = f"/flows/HubFlow/runs/{run.id}"
-        page = hub.client(base, base + "/steps", base + "/tasks", base + "/metadata?step_name=start")
+        page = hub.client(
+            base, base + "/steps", base + "/tasks", base + "/metadata?step_name=start"
+        )
         await settle()
         step = hub.other.create_step(run, "start", nobody)
         task = hub.other.create_task(step, nobody)
@@ -431,17 +499,25 @@ def test_what_another_process_writes_is_told(go: Any) -> None:
         ]
         await hub.other.add_metadata(task, [attempt(0)])
         await wait_for(lambda: len(page.heard) == 4)
-        assert {(m["type"], m["uuid"]) for m in page.heard[2:]} == {("UPDATE", "2"), ("INSERT", "3")}
+        assert {(m["type"], m["uuid"]) for m in page.heard[2:]} == {
+            ("UPDATE", "2"),
+            ("INSERT", "3"),
+        }
         await hub.other.add_metadata(task, [said(0, True)])
         end = hub.other.create_task(hub.other.create_step(run, "end", nobody), nobody)
         await hub.other.add_metadata(end, [attempt(0), said(0, True)])
         await wait_for(lambda: page.heard[-1]["uuid"] == "0")
         await asyncio.sleep(2.5)
         assert [m["data"]["status"] for m in page.heard if m["uuid"] == "0"] == ["completed"]
-        assert [m["data"]["status"] for m in home.heard if m["uuid"] == "0"] == ["running", "completed"]
+        assert [m["data"]["status"] for m in home.heard if m["uuid"] == "0"] == [
+            "running",
+            "completed",
+        ]
         fields = [m["data"]["field_name"] for m in page.heard if m["uuid"] == "3"]
         assert fields == ["attempt", "attempt_ok"]
-        statuses = [(m["data"]["step_name"], m["data"]["status"]) for m in page.heard if m["uuid"] == "2"]
+        statuses = [
+            (m["data"]["step_name"], m["data"]["status"]) for m in page.heard if m["uuid"] == "2"
+        ]
         assert statuses[-2:] == [("start", "completed"), ("end", "completed")]
 
     go(body)
@@ -457,7 +533,10 @@ def test_a_run_that_somebody_waits_for(go: Any) -> None:
         run = hub.other.create_run(flow, nobody, "later")
         hub.other.create_task(hub.other.create_step(run, "start", nobody), nobody)
         await wait_for(lambda: len(ear.heard) == 2)
-        assert sorted((m["type"], m["uuid"]) for m in ear.heard) == [("INSERT", "0"), ("INSERT", "1")]
+        assert sorted((m["type"], m["uuid"]) for m in ear.heard) == [
+            ("INSERT", "0"),
+            ("INSERT", "1"),
+        ]
         assert ear.heard[0]["data"]["run_id"] == "later"
 
     go(body)
@@ -467,7 +546,10 @@ def test_runs_that_nobody_waits_for_any_more_are_forgotten(go: Any) -> None:
     async def body(hub: Hub) -> None:
         hub.other.create_flow("HubFlow", {})
         where = "/flows/HubFlow/runs/"
-        ear, gone = hub.client("/flows", where + "later"), hub.client(*[f"{where}never{n}" for n in range(50)])
+        ear, gone = (
+            hub.client("/flows", where + "later"),
+            hub.client(*[f"{where}never{n}" for n in range(50)]),
+        )
         hub.say(ear, type="SUBSCRIBE", resource=where + "unwanted/tasks", uuid="x")
         await wait_for(lambda: len(hub.subscriptions._absent) == 52)
         hub.say(ear, type="UNSUBSCRIBE", uuid="x")
@@ -499,7 +581,9 @@ def test_artifacts_are_told_exactly_once(go: Any, own: bool) -> None:
         await wait_for(lambda: len(ear.heard) == 4)
         await store.add_metadata(task, [said(0, True)])
         await asyncio.sleep(2.5)
-        told = [(m["type"], m["uuid"], m["data"]["name"], m["data"].get("content")) for m in ear.heard]
+        told = [
+            (m["type"], m["uuid"], m["data"]["name"], m["data"].get("content")) for m in ear.heard
+        ]
         assert sorted(told) == [
             ("INSERT", "0", "a", "[1, 2]"),
             ("INSERT", "1", "a", None),
@@ -516,7 +600,10 @@ def test_parameters_are_told_as_one_object(go: Any) -> None:
         ear = hub.client(f"/flows/HubFlow/runs/{run.id}/parameters")
         await settle()
         task = hub.store.create_task(hub.store.create_step(run, "_parameters", TAGS), TAGS)
-        rows = [artifact(name, sha=blob(hub.root, "HubFlow", value)) for name, value in (("n", 3), ("_x", 1))]
+        rows = [
+            artifact(name, sha=blob(hub.root, "HubFlow", value))
+            for name, value in (("n", 3), ("_x", 1))
+        ]
         await hub.store.add_artifacts(task, rows)
         await settle()
         hub.store.create_step(run, "start", TAGS)
@@ -535,8 +622,20 @@ def test_since_replays_what_changed(go: Any) -> None:
         await hub.store.add_metadata(task, [attempt(0), said(0, True)])
         run = hub.make_run()
         base = f"/flows/HubFlow/runs/{old.id}"
-        resources = ("/runs", base, base + "/steps", base + "/tasks", base + "/metadata?field_name=attempt_ok")
-        for since, answers in ((str(int(began)), True), (began, True), (0, False), ("x", False), (True, False)):
+        resources = (
+            "/runs",
+            base,
+            base + "/steps",
+            base + "/tasks",
+            base + "/metadata?field_name=attempt_ok",
+        )
+        for since, answers in (
+            (str(int(began)), True),
+            (began, True),
+            (0, False),
+            ("x", False),
+            (True, False),
+        ):
             ear = hub.client(*resources, since=since)
             await settle()
             told = sorted((m["uuid"], m["type"], m["data"].get("status")) for m in ear.heard)
@@ -551,7 +650,9 @@ def test_since_replays_what_changed(go: Any) -> None:
             hub.subscriptions.disconnect(ear.client)  # type: ignore[attr-defined]
         ear = hub.client(*resources, since=time.time() + 5 + mflocal.UNNOTICED)
         await settle()
-        assert [m["data"]["run"] for m in ear.heard] == [run.id]  # it runs: whatever was missed, this is how it stands
+        assert [m["data"]["run"] for m in ear.heard] == [
+            run.id
+        ]  # it runs: whatever was missed, this is how it stands
 
     go(body)
 
@@ -600,15 +701,22 @@ def test_two_hundred_clients(go: Any) -> None:
     async def body(hub: Hub) -> None:
         run = hub.make_run()
         base = f"/flows/HubFlow/runs/{run.id}"
-        ears = [hub.client("/runs?_tags=user:tester", base, base + "/tasks", base + "/steps") for _ in range(200)]
+        ears = [
+            hub.client("/runs?_tags=user:tester", base, base + "/tasks", base + "/steps")
+            for _ in range(200)
+        ]
         await settle()
         step = hub.store.create_step(run, "start", TAGS)
         began = time.perf_counter()
         for _ in range(20):
             hub.store.create_task(step, TAGS)
         assert time.perf_counter() - began < 1.0
-        await wait_for(lambda: all(len(ear.heard) == 23 for ear in ears))  # its run, for two resources, and 21
-        assert [m["data"]["task_id"] for m in ears[7].heard if m["uuid"] == "2"] == list(range(1, 21))
+        await wait_for(
+            lambda: all(len(ear.heard) == 23 for ear in ears)
+        )  # its run, for two resources, and 21
+        assert [m["data"]["task_id"] for m in ears[7].heard if m["uuid"] == "2"] == list(
+            range(1, 21)
+        )
 
     go(body)
 
@@ -640,7 +748,13 @@ def test_a_socket_from_open_to_close(go: Any) -> None:
             return self.texts.pop(0) if self.texts else None
 
     async def body(hub: Hub) -> None:
-        ear = Talker('{"type": "SUBSCRIBE", "resource": "/flows", "uuid": "a"}', "__ping__", "__ping__", "__ping__", "")
+        ear = Talker(
+            '{"type": "SUBSCRIBE", "resource": "/flows", "uuid": "a"}',
+            "__ping__",
+            "__ping__",
+            "__ping__",
+            "",
+        )
         serving = asyncio.ensure_future(mflocal.ui_socket(hub.subscriptions, ear))
         await asyncio.sleep(0.07)
         hub.make_run()

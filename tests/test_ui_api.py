@@ -31,7 +31,9 @@ def ui(make_service: Callable[..., Any], root: Path) -> Any:
 @pytest.fixture
 def run(root: Path) -> str:
     """The path of the completed run."""
-    ids = sorted(path.name for path in (root / ".metaflow" / "UiTinyFlow").iterdir() if path.name.isdigit())
+    ids = sorted(
+        path.name for path in (root / ".metaflow" / "UiTinyFlow").iterdir() if path.name.isdigit()
+    )
     return f"/api/flows/UiTinyFlow/runs/{ids[0]}"
 
 
@@ -84,7 +86,10 @@ def test_runs(ui: Any) -> None:
     }.items():
         got = listed(ui, "/api/runs?" + query)
         assert [row["run"] for row in got] == [row["run"] for row in expected], query
-    assert [row["run"] for row in listed(ui, "/api/flows/UiTinyFlow/runs")] == [new["run"], old["run"]]
+    assert [row["run"] for row in listed(ui, "/api/flows/UiTinyFlow/runs")] == [
+        new["run"],
+        old["run"],
+    ]
     assert listed(ui, "/api/flows/Nothing/runs") == []
     assert ui("GET", "/api/runs?duration:gt=abc").status == 400
 
@@ -102,10 +107,20 @@ def test_links(ui: Any) -> None:
 
 
 def test_single_objects(ui: Any, run: str) -> None:
-    for path, keys in ((run, RUN_KEYS), (run + "/steps/unit", STEP_KEYS), (run + "/steps/start/tasks/1", TASK_KEYS)):
+    for path, keys in (
+        (run, RUN_KEYS),
+        (run + "/steps/unit", STEP_KEYS),
+        (run + "/steps/start/tasks/1", TASK_KEYS),
+    ):
         body = ui.get(path)
         assert list(body) == ["data", "status", "links", "query"] and list(body["data"]) == keys
-    for path in ("/api/flows/No", run + "1", run + "/steps/no", run + "/steps/start/tasks/99", run + "1/dag"):
+    for path in (
+        "/api/flows/No",
+        run + "1",
+        run + "/steps/no",
+        run + "/steps/start/tasks/99",
+        run + "1/dag",
+    ):
         answer = ui("GET", path)
         assert (answer.status, answer.body["data"], answer.body["status"]) == (404, {}, 404), path
     assert ui("GET", run + "1/parameters").status == 404
@@ -131,10 +146,20 @@ def test_steps_and_tasks(ui: Any, run: str) -> None:
         path = (body["links"]["next"] or "")[len(ui.url) :]
     assert walked == tasks
     attempts = listed(ui, run + "/steps/unit/tasks/2/attempts?postprocess=true")
-    assert [(row["attempt_id"], row["status"]) for row in attempts] == [(1, "completed"), (0, "failed")]
+    assert [(row["attempt_id"], row["status"]) for row in attempts] == [
+        (1, "completed"),
+        (0, "failed"),
+    ]
     assert ui.get(run + "/steps/unit/tasks/2?attempt_id=0")["data"]["attempt_id"] == 1
     groups = listed(ui, run + "/tasks?_group=step_name&_group_limit=2")
-    assert [row["step_name"] for row in groups] == ["_parameters", "end", "join", "start", "unit", "unit"]
+    assert [row["step_name"] for row in groups] == [
+        "_parameters",
+        "end",
+        "join",
+        "start",
+        "unit",
+        "unit",
+    ]
 
 
 def test_metadata_and_artifacts(ui: Any, run: str) -> None:
@@ -144,10 +169,17 @@ def test_metadata_and_artifacts(ui: Any, run: str) -> None:
     without = listed(ui, task + "/metadata?_limit=100&attempt_id:is=null")
     assert not {row["id"] for row in without} & {row["id"] for row in of_attempt}
     everything = listed(ui, run + "/metadata?_limit=1000")
-    assert [row["ts_epoch"] for row in everything] == sorted((r["ts_epoch"] for r in everything), reverse=True)
-    assert {row["step_name"] for row in listed(ui, run + "/metadata?step_name=start&_limit=100")} == {"start"}
+    assert [row["ts_epoch"] for row in everything] == sorted(
+        (r["ts_epoch"] for r in everything), reverse=True
+    )
+    assert {
+        row["step_name"] for row in listed(ui, run + "/metadata?step_name=start&_limit=100")
+    } == {"start"}
     artifacts = listed(ui, task + "/artifacts?attempt_id=1&postprocess=true&_limit=50")
-    assert all(list(row) == [*ARTIFACT_KEYS, "content"] and isinstance(row["content"], str) for row in artifacts)
+    assert all(
+        list(row) == [*ARTIFACT_KEYS, "content"] and isinstance(row["content"], str)
+        for row in artifacts
+    )
     assert {row["name"]: row["content"] for row in artifacts}["x"] == "0"
     assert [row["attempt_id"] for row in listed(ui, task + "/artifacts?name=x")] == [1, 0]
     assert listed(ui, run + "/artifacts?ds_type=local&_limit=1") == []
@@ -161,9 +193,14 @@ def test_metadata_and_artifacts(ui: Any, run: str) -> None:
 def test_an_unreadable_graph_is_drawn_from_the_steps(
     make_service: Callable[..., Any], root: Path, run: str, tmp_path: Path, data: bytes
 ) -> None:
-    shutil.copytree(root / ".metaflow", tmp_path / ".metaflow", ignore=shutil.ignore_patterns(".mflocal"))
+    shutil.copytree(
+        root / ".metaflow", tmp_path / ".metaflow", ignore=shutil.ignore_patterns(".mflocal")
+    )
     flow = tmp_path / ".metaflow/UiTinyFlow"
-    records = [json.loads(path.read_text()) for path in flow.glob("*/*/*/_meta/*_artifact__graph_info.json")]
+    records = [
+        json.loads(path.read_text())
+        for path in flow.glob("*/*/*/_meta/*_artifact__graph_info.json")
+    ]
     assert records
     for sha in {record["sha"] for record in records}:
         (flow / "data" / sha[:2] / sha).write_bytes(data)
@@ -182,13 +219,20 @@ def test_logs(ui: Any, run: str) -> None:
     assert [row["row"] for row in rows] == list(range(len(rows)))
     assert [row["row"] for row in ui.get(err + "&_limit=2&_page=2&_order=-row")["data"]][0] > 0
     assert ui.get(err + "&_page=99")["data"] == []
-    for path in (out + "?attempt_id=7", out + "?attempt_id=abc", run + "/steps/start/tasks/99/logs/out"):
+    for path in (
+        out + "?attempt_id=7",
+        out + "?attempt_id=abc",
+        run + "/steps/start/tasks/99/logs/out",
+    ):
         answer = ui("GET", path)
         assert (answer.status, answer.body) == (404, {"data": []})
     answer = ui("GET", out + "/download?attempt_id=0")
     assert (answer.status, answer.body) == (200, "hello from start")
     run_id = run.rpartition("/")[2]
-    assert answer.headers["content-disposition"] == f"Attachment;filename=stdout_UiTinyFlow_{run_id}_start_1-0.txt"
+    assert (
+        answer.headers["content-disposition"]
+        == f"Attachment;filename=stdout_UiTinyFlow_{run_id}_start_1-0.txt"
+    )
     assert answer.headers["content-type"] == "application/octet-stream"
 
 
@@ -199,11 +243,18 @@ def test_cards(ui: Any, run: str, root: Path) -> None:
     folder = root.joinpath(".metaflow", "mf.cards", *parts, "cards")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "default-abc123.html").write_text("<html>card</html>")
-    assert listed(ui, cards + "?invalidate=true") == [{"id": None, "hash": "abc123", "type": "default"}]
+    assert listed(ui, cards + "?invalidate=true") == [
+        {"id": None, "hash": "abc123", "type": "default"}
+    ]
     answer = ui("GET", cards + "/abc123?embed=true")
-    assert answer.body == "<html>card</html>" and answer.headers["content-type"].startswith("text/html")
+    assert answer.body == "<html>card</html>" and answer.headers["content-type"].startswith(
+        "text/html"
+    )
     assert "x-frame-options" not in answer.headers
-    assert ui("GET", cards + "/nosuch").status == 404 and ui("GET", cards + "/abc123/data").status == 404
+    assert (
+        ui("GET", cards + "/nosuch").status == 404
+        and ui("GET", cards + "/abc123/data").status == 404
+    )
     assert ui("GET", run + "/steps/start/tasks/99/cards").body == {"data": []}
 
 
@@ -214,7 +265,9 @@ def test_completion(ui: Any, run: str) -> None:
     assert listed(ui, "/api/tags/autocomplete?tag:co=SP") == ["sp ace"]
     assert "sp ace" in ui.get("/api/tags")
     run_id = run.rpartition("/")[2]
-    assert listed(ui, f"/api/flows/UiTinyFlow/runs/autocomplete?run:co={run_id}&_limit=5") == [run_id]
+    assert listed(ui, f"/api/flows/UiTinyFlow/runs/autocomplete?run:co={run_id}&_limit=5") == [
+        run_id
+    ]
     assert listed(ui, run + "/steps/autocomplete?step_name:co=ni") == ["unit"]
     assert listed(ui, run + "/artifacts/autocomplete?name:sw=tot") == ["total"]
     assert len(listed(ui, run + "/artifacts/autocomplete?_limit=0")) > 10
@@ -223,7 +276,9 @@ def test_completion(ui: Any, run: str) -> None:
 
 def test_the_rest(ui: Any) -> None:
     features = ui.get("/api/features")
-    assert features and all(name.startswith("FEATURE_") and value is True for name, value in features.items())
+    assert features and all(
+        name.startswith("FEATURE_") and value is True for name, value in features.items()
+    )
     for path in ("/api/plugin", "/api/links", "/api/notifications?start:le=5&end:ge=5"):
         assert ui.get(path) == []
     assert ui("GET", "/api/ping").body == "pong" and ui("GET", "/api/config").body == {}
@@ -236,15 +291,26 @@ def test_the_rest(ui: Any) -> None:
 def test_configuration_files(make_service: Callable[..., Any], root: Path, tmp_path: Path) -> None:
     notices = [
         {"message": "soon", "created": 1618404534000},
-        {"message": "md", "id": "fixed", "start": 10, "end": 20, "created": 5, "contentType": "markdown"},
+        {
+            "message": "md",
+            "id": "fixed",
+            "start": 10,
+            "end": 20,
+            "created": 5,
+            "contentType": "markdown",
+        },
         {"message": "no time"},
         "junk",
     ]
     (tmp_path / "n.json").write_text(json.dumps(notices))
-    (tmp_path / "l.json").write_text(json.dumps([{"href": "https://example.com", "label": "Q"}, {"href": 1}]))
+    (tmp_path / "l.json").write_text(
+        json.dumps([{"href": "https://example.com", "label": "Q"}, {"href": 1}])
+    )
     plugin = tmp_path / "plugin"
     plugin.mkdir()
-    (plugin / "manifest.json").write_text('{"name": "p", "version": "1", "entrypoint": "index.html"}')
+    (plugin / "manifest.json").write_text(
+        '{"name": "p", "version": "1", "entrypoint": "index.html"}'
+    )
     (plugin / "index.html").write_text("<html>plugin</html>")
     (tmp_path / "p.json").write_text(json.dumps([{"path": "plugin"}, {"path": "missing"}]))
     names = {"NOTIFICATIONS": "n.json", "LINKS": "l.json", "PLUGINS": "p.json"}
@@ -252,13 +318,22 @@ def test_configuration_files(make_service: Callable[..., Any], root: Path, tmp_p
     ui = make_service(root, **env)
     soon, md = ui.get("/api/notifications")
     assert list(soon) == "id type contentType message url urlText created start end".split()
-    assert (soon["type"], soon["contentType"], soon["start"], len(soon["id"])) == ("info", "text", None, 40)
+    assert (soon["type"], soon["contentType"], soon["start"], len(soon["id"])) == (
+        "info",
+        "text",
+        None,
+        40,
+    )
     assert ui.get("/api/notifications?start:le=15&end:ge=15") == [soon, md]
     assert ui.get("/api/notifications?start:le=15&end:ge=25") == [soon]
     assert ui.get("/api/notifications?created:lt=6") == [md]
     assert ui.get("/api/links") == [{"href": "https://example.com", "label": "Q"}]
     [told] = ui.get("/api/plugin")
-    assert (told["name"], told["config"]["version"], told["files"]) == ("p", "1", ["index.html", "manifest.json"])
+    assert (told["name"], told["config"]["version"], told["files"]) == (
+        "p",
+        "1",
+        ["index.html", "manifest.json"],
+    )
     answer = ui("GET", "/api/plugin/p/index.html?v=1")
     assert answer.body == "<html>plugin</html>" and answer.headers["content-type"] == "text/html"
     assert ui("GET", "/api/plugin/p/..%2Fn.json").status == 404
@@ -270,7 +345,10 @@ def search(ui: Any, path: str) -> tuple[list[Any], int]:
     """(events, close code) of a search."""
     client = pytest.importorskip("websockets.sync.client")
     events = []
-    with client.connect(ui.url.replace("http", "ws") + path) as socket, contextlib.suppress(Exception):
+    with (
+        client.connect(ui.url.replace("http", "ws") + path) as socket,
+        contextlib.suppress(Exception),
+    ):
         while True:
             events.append(json.loads(socket.recv(20))["event"])
     return events, socket.close_code
@@ -284,7 +362,10 @@ def test_search(ui: Any, run: str) -> None:
         assert code == 1000 and events[-1]["type"] == "result"
         fractions = [event["fraction"] for event in events[:-1]]
         assert fractions == sorted(fractions) and all(0 < fraction <= 1 for fraction in fractions)
-        assert all(m["searchable"] is True and isinstance(m["run_number"], str) for m in events[-1]["matches"])
+        assert all(
+            m["searchable"] is True and isinstance(m["run_number"], str)
+            for m in events[-1]["matches"]
+        )
         return sorted((m["step_name"], m["task_id"]) for m in events[-1]["matches"])
 
     assert matches("key=x&value=1&scope=ARTIFACT,FOREACH_VARIABLE") == [("unit", "3")]

@@ -20,7 +20,9 @@ RUN_KEYS = (
     "flow_id run_number run_id user_name user run status ts_epoch finished_at duration last_heartbeat_ts "
     "tags system_tags"
 ).split()
-STEP_KEYS = "flow_id run_number run_id step_name user_name ts_epoch duration tags system_tags".split()
+STEP_KEYS = (
+    "flow_id run_number run_id step_name user_name ts_epoch duration tags system_tags".split()
+)
 TASK_KEYS = (
     "flow_id run_number run_id step_name task_id task_name user_name status task_ok ts_epoch started_at "
     "finished_at duration attempt_id tags system_tags last_heartbeat_ts"
@@ -101,7 +103,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test(root: Path, **settings: Any) -> Callable[[Callable[[Root], Coroutine[Any, Any, None]]], None]:
+def test(
+    root: Path, **settings: Any
+) -> Callable[[Callable[[Root], Coroutine[Any, Any, None]]], None]:
     """Runs a coroutine function at once on a fresh view of a root."""
 
     def run(body: Callable[[Root], Coroutine[Any, Any, None]]) -> None:
@@ -118,7 +122,9 @@ def write_run(root: Path, tags: Any = ()) -> tuple[Root, Any]:
     (root / ".metaflow").mkdir(exist_ok=True)
     made = Root(root)
     flow = made.store.create_flow("UiTinyFlow", {})
-    return made, made.store.create_run(flow, {"user_name": "tester", "tags": tags, "system_tags": []})
+    return made, made.store.create_run(
+        flow, {"user_name": "tester", "tags": tags, "system_tags": []}
+    )
 
 
 def test_completed_run(finished: Path) -> None:
@@ -148,9 +154,15 @@ def test_completed_run_is_remembered_until_its_end_changes(finished: Path) -> No
         ahead = mflocal.now_ms() + 1000
         path = Path(end.path) / "_meta" / f"sysmeta_attempt_{ahead}.json"
         try:
-            path.write_text(json.dumps({"field_name": "attempt", "value": "1", "type": "attempt", "ts_epoch": ahead}))
+            path.write_text(
+                json.dumps(
+                    {"field_name": "attempt", "value": "1", "type": "attempt", "ts_epoch": ahead}
+                )
+            )
             again = await root.state(run)
-            assert again is not first and again.status == "completed"  # attempt_ok has been said, as recorded
+            assert (
+                again is not first and again.status == "completed"
+            )  # attempt_ok has been said, as recorded
         finally:
             path.unlink()
 
@@ -172,7 +184,10 @@ def test_one_row_per_attempt(finished: Path) -> None:
         by_attempts = {task.id: await root.task_rows(task) for task in await root.tasks("unit")}
         assert sorted(len(rows) for rows in by_attempts.values()) == [1, 1, 2]
         retried = next(rows for rows in by_attempts.values() if len(rows) == 2)
-        assert [(r["attempt_id"], r["status"]) for r in retried] == [(0, "failed"), (1, "completed")]
+        assert [(r["attempt_id"], r["status"]) for r in retried] == [
+            (0, "failed"),
+            (1, "completed"),
+        ]
         for row in retried:
             assert list(row) == TASK_KEYS
             assert row["ts_epoch"] <= row["started_at"] <= row["finished_at"]
@@ -184,7 +199,9 @@ def test_parameters_task_is_completed(finished: Path) -> None:
     @test(finished)
     async def _(root: Root) -> None:
         rows = await root.task_rows((await root.tasks("_parameters"))[0])
-        assert [(r["status"], r["started_at"], r["task_id"]) for r in rows] == [("completed", None, 0)]
+        assert [(r["status"], r["started_at"], r["task_id"]) for r in rows] == [
+            ("completed", None, 0)
+        ]
         assert rows[0]["task_ok"].endswith("/.metaflow")
 
 
@@ -209,11 +226,16 @@ def test_rows_of_finished_tasks_are_remembered(finished: Path) -> None:
 def test_details_add_the_foreach_label(finished: Path) -> None:
     @test(finished)
     async def _(root: Root) -> None:
-        labels = [(await root.details(task))[-1]["foreach_label"] for task in await root.tasks("unit")]
+        labels = [
+            (await root.details(task))[-1]["foreach_label"] for task in await root.tasks("unit")
+        ]
         ids = [task.id for task in await root.tasks("unit")]
         assert labels == [f"{id}[{index}]" for index, id in enumerate(ids)]
         assert "foreach_label" not in (await root.details((await root.tasks("start"))[0]))[0]
-        assert all("foreach_label" not in row for row in await root.task_rows((await root.tasks("unit"))[0]))
+        assert all(
+            "foreach_label" not in row
+            for row in await root.task_rows((await root.tasks("unit"))[0])
+        )
 
 
 def test_details_settle_what_is_unknown(finished: Path, tmp_path: Path) -> None:
@@ -236,7 +258,9 @@ def test_step_rows(finished: Path) -> None:
     async def _(root: Root) -> None:
         run = await root.the_run()
         state = await root.state(run)
-        rows = [await mflocal.ui_step_row(*root.three, step, state) for step in root.store.steps(run)]
+        rows = [
+            await mflocal.ui_step_row(*root.three, step, state) for step in root.store.steps(run)
+        ]
         assert [row["step_name"] for row in rows] == ["_parameters", "start", "unit", "join", "end"]
         for row in rows:
             assert list(row) == STEP_KEYS
@@ -250,10 +274,15 @@ def test_metadata_and_artifact_rows(finished: Path) -> None:
         task = next(t for t in await root.tasks("unit") if len(root.store.facts(t).attempts) == 2)
         metadata = [mflocal.ui_metadata_row(record) for record in await root.store.metadata(task)]
         assert all(list(row) == METADATA_KEYS for row in metadata)
-        assert {row["attempt_id"] for row in metadata if row["field_name"] == "attempt_ok"} == {0, 1}
+        assert {row["attempt_id"] for row in metadata if row["field_name"] == "attempt_ok"} == {
+            0,
+            1,
+        }
         stacks = [row["value"] for row in metadata if row["field_name"] == "foreach-stack"]
         assert set(stacks) <= {"{items=0}"}  # Metaflow 2.12 writes none
-        artifacts = [mflocal.ui_artifact_row(record, task.run) for record in await root.store.artifacts(task)]
+        artifacts = [
+            mflocal.ui_artifact_row(record, task.run) for record in await root.store.artifacts(task)
+        ]
         assert all(list(row) == ARTIFACT_KEYS for row in artifacts)
         assert {row["attempt_id"] for row in artifacts if row["name"] == "x"} == {0, 1}
 
@@ -279,7 +308,11 @@ def test_string_ids_and_missing_tags(tmp_path: Path) -> None:
         assert (row["run_number"], row["run_id"], row["run"]) == ("argo-abc.1",) * 3
         assert (row["tags"], row["system_tags"], row["user"]) == ([], [], None)
         task_row = (await root.task_rows(task))[0]
-        assert (task_row["task_id"], task_row["task_name"], task_row["run_id"]) == ("pod-7", "pod-7", "argo-abc.1")
+        assert (task_row["task_id"], task_row["task_name"], task_row["run_id"]) == (
+            "pod-7",
+            "pod-7",
+            "argo-abc.1",
+        )
         assert task_row["system_tags"] == []
 
     asyncio.run(body())
@@ -293,7 +326,9 @@ def test_running_and_lost_by_connection(tmp_path: Path) -> None:
 
     async def body() -> None:
         root.liveness.speak_run(connection, run, None)
-        await root.store.add_metadata(task, [{"field_name": "attempt", "value": "0", "type": "attempt"}])
+        await root.store.add_metadata(
+            task, [{"field_name": "attempt", "value": "0", "type": "attempt"}]
+        )
         root.liveness.speak_attempt(connection, task, 0)
         assert (await root.run_row(run))["status"] == "running"
         row = (await root.task_rows(task))[0]
@@ -323,4 +358,6 @@ def test_long_failed_run_is_trusted_only_until_it_moves(tmp_path: Path) -> None:
 def test_local_artifact_question() -> None:
     assert mflocal.asks_for_local_artifacts([("ds_type", "local"), ("_limit", "1")])
     assert not mflocal.asks_for_local_artifacts([("ds_type", "local"), ("_limit", "10")])
-    assert not mflocal.asks_for_local_artifacts([("ds_type", "local"), ("_limit", "1"), ("name", "x")])
+    assert not mflocal.asks_for_local_artifacts(
+        [("ds_type", "local"), ("_limit", "1"), ("name", "x")]
+    )

@@ -43,7 +43,9 @@ def frame(
 
 def declared(opcode: int, size: int, *, form: int, fin: bool = True) -> bytes:
     """A head that declares `size` bytes, without mask and payload."""
-    return bytes((fin << 7 | opcode, 0x80 | {16: 126, 64: 127}[form])) + size.to_bytes(form // 8, "big")
+    return bytes((fin << 7 | opcode, 0x80 | {16: 126, 64: 127}[form])) + size.to_bytes(
+        form // 8, "big"
+    )
 
 
 def text(data: str | bytes, **options: Any) -> bytes:
@@ -54,7 +56,9 @@ def fragments(data: bytes, size: int, between: bytes = b"") -> bytes:
     """A text message in frames of `size` bytes, `between` after each frame but the last."""
     parts = [data[i : i + size] for i in range(0, len(data), size)]
     last = len(parts) - 1
-    return between.join(frame(CONT if i else TEXT, part, fin=i == last) for i, part in enumerate(parts))
+    return between.join(
+        frame(CONT if i else TEXT, part, fin=i == last) for i, part in enumerate(parts)
+    )
 
 
 def closing(code: int, reason: bytes = b"") -> bytes:
@@ -64,7 +68,9 @@ def closing(code: int, reason: bytes = b"") -> bytes:
 def shape(events: list[Any]) -> list[Any]:
     """A Close for a broken rule becomes its code: our reasons are free text, the clients' begin with `:`."""
     return [
-        event.code if isinstance(event, Close) and event.reason and event.reason[0] != ":" else event
+        event.code
+        if isinstance(event, Close) and event.reason and event.reason[0] != ":"
+        else event
         for event in events
     ]
 
@@ -82,7 +88,10 @@ f4908080 f7bfbfbf fbbfbfbfbf eda080 edbfbf eda080edb080 c3 e282 f09f98 f5
 CASES: list[tuple[str, bytes, list[Any]]] = [
     # 1 framing
     ("1.1.1 empty text", text(""), [Text("")]),
-    *[(f"1.1 text of {n}", text("*" * n), [Text("*" * n)]) for n in (1, 125, 126, 127, 128, 65535, LIMIT)],
+    *[
+        (f"1.1 text of {n}", text("*" * n), [Text("*" * n)])
+        for n in (1, 125, 126, 127, 128, 65535, LIMIT)
+    ],
     ("1.1 zero mask", text("abcdefg", mask=bytes(4)), [Text("abcdefg")]),
     ("1.1 sixteen-bit length for 125", text("x" * 125, form=16), [1002]),
     ("1.1 sixteen-bit length for 0", text("", form=16), [1002]),
@@ -144,17 +153,33 @@ CASES: list[tuple[str, bytes, list[Any]]] = [
     ("5.19 five with pings", fragments(b"12345", 1, P + P), [*[Ping(b"p")] * 8, Text("12345")]),
     ("5 two messages", fragments(b"abcd", 3) + fragments(b"efgh", 2), [Text("abcd"), Text("efgh")]),
     # 6 UTF-8
-    ("6.1.2 three empty fragments", text("", fin=False) + frame(CONT, fin=False) + frame(CONT), [Text("")]),
-    ("6.1.3 one of three", text("", fin=False) + frame(CONT, b"m", fin=False) + frame(CONT), [Text("m")]),
+    (
+        "6.1.2 three empty fragments",
+        text("", fin=False) + frame(CONT, fin=False) + frame(CONT),
+        [Text("")],
+    ),
+    (
+        "6.1.3 one of three",
+        text("", fin=False) + frame(CONT, b"m", fin=False) + frame(CONT),
+        [Text("m")],
+    ),
     ("6.2.1 valid", text("Größe: 10 µm, ½ €!"), [Text("Größe: 10 µm, ½ €!")]),
     ("6.2.3 in octets", fragments(GREEK.encode(), 1), [Text(GREEK)]),
-    ("6.2 ping inside a code point", fragments("€".encode(), 1, P), [Ping(b"p"), Ping(b"p"), Text("€")]),
+    (
+        "6.2 ping inside a code point",
+        fragments("€".encode(), 1, P),
+        [Ping(b"p"), Ping(b"p"), Text("€")],
+    ),
     ("6.3.1 invalid", text(GREEK.encode() + b"\xed\xa0\x80tail"), [1007]),
     ("6.3.2 invalid in octets", fragments(GREEK.encode() + b"\xed\xa0\x80tail", 1), [1007]),
     ("6.4.1 fails fast, over the maximum", text(GREEK.encode() + b"\xf4\x90", fin=False), [1007]),
     ("6.4 code point unfinished", text("€".encode()[:2]), [1007]),
     ("6.4 unfinished, then empty final", text("€".encode()[:2], fin=False) + frame(CONT), [1007]),
-    ("6.4 unfinished, next message starts afresh", A + text(b"\xc3") + text(b"\xa4"), [Text("a"), 1007]),
+    (
+        "6.4 unfinished, next message starts afresh",
+        A + text(b"\xc3") + text(b"\xa4"),
+        [Text("a"), 1007],
+    ),
     *[
         (f"6.7-6.11 valid {c!r}", text(c), [Text(c)])
         for c in "\0\x7f\x80\u07ff\u0800\ud7ff\ue000\ufdd0\ufffd\ufffe\uffff\U00010000\U0010ffff"
@@ -172,7 +197,11 @@ CASES: list[tuple[str, bytes, list[Any]]] = [
     ("7.1.3 ping after close", closing(1000) + P, [Close(1000, "")]),
     ("7.1.4 text after close", closing(1000) + A, [Close(1000, "")]),
     ("7.1.4 garbage after close", closing(1000) + b"\xff" * 40, [Close(1000, "")]),
-    ("7.1.5 close inside a message", text("a", fin=False) + closing(1000) + frame(CONT), [Close(1000, "")]),
+    (
+        "7.1.5 close inside a message",
+        text("a", fin=False) + closing(1000) + frame(CONT),
+        [Close(1000, "")],
+    ),
     ("7.3.1 no code", frame(CLOSE), [Close(1005, "")]),
     ("7.3.2 half a code", frame(CLOSE, b"\x03"), [1002]),
     ("7.3.4 reason", closing(1000, b":bye"), [Close(1000, ":bye")]),
@@ -208,14 +237,22 @@ CASES: list[tuple[str, bytes, list[Any]]] = [
     # 9 limits
     ("9.1 over the limit, head only", declared(TEXT, LIMIT + 1, form=64), [1009]),
     ("9.1 2**62, head only", declared(TEXT, 1 << 62, form=64), [1009]),
-    ("9.3 sum over fragments", text("x" * 9, fin=False) + declared(CONT, LIMIT - 8, form=16), [1009]),
+    (
+        "9.3 sum over fragments",
+        text("x" * 9, fin=False) + declared(CONT, LIMIT - 8, form=16),
+        [1009],
+    ),
     (
         "9.3 exactly the limit",
         text("x" * 9, fin=False) + frame(CONT, b"x" * (LIMIT - 9)),
         [Text("x" * LIMIT)],
     ),
     ("9.5 fragments of 64", fragments(b"x" * 4096, 64), [Text("x" * 4096)]),
-    ("9.7 many messages", b"".join(text(str(i)) for i in range(100)), [Text(str(i)) for i in range(100)]),
+    (
+        "9.7 many messages",
+        b"".join(text(str(i)) for i in range(100)),
+        [Text(str(i)) for i in range(100)],
+    ),
 ]
 
 
@@ -224,14 +261,18 @@ def run(pieces: list[bytes]) -> tuple[WebSocketProtocol, list[Any]]:
     return protocol, [event for piece in pieces for event in protocol.feed(piece)]
 
 
-@pytest.mark.parametrize(("data", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("data", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_frames(data: bytes, expected: list[Any]) -> None:
     protocol, events = run([data])
     assert shape(events) == expected
     assert shape(run([data[i : i + 1] for i in range(len(data))])[1]) == expected
     size = len(data)
     for cut in (
-        range(1, size) if size < 700 else (1, 2, 3, 4, 7, 8, 9, 10, 13, 14, 15, 16, 17, size // 2, size - 1)
+        range(1, size)
+        if size < 700
+        else (1, 2, 3, 4, 7, 8, 9, 10, 13, 14, 15, 16, 17, size // 2, size - 1)
     ):
         assert shape(run([data[:cut], data[cut:]])[1]) == expected, cut
     for step in (2, 3, 5, 997):  # 1.1.8 and 9.5: pieces that never fall on the ends of frames
@@ -245,7 +286,9 @@ def test_frames(data: bytes, expected: list[Any]) -> None:
     assert protocol.feed(A + P + closing(1001)) == []
     assert protocol.send_text("late") == protocol.ping() == protocol.pong(b"late") == b""
     answer = protocol.close(close.code, close.reason)
-    expected_payload = b"" if close.code == 1005 else close.code.to_bytes(2, "big") + close.reason.encode()
+    expected_payload = (
+        b"" if close.code == 1005 else close.code.to_bytes(2, "big") + close.reason.encode()
+    )
     assert answer == bytes((0x88, len(expected_payload))) + expected_payload
     assert protocol.state == "closed"
     assert protocol.close(1000) == b""
@@ -281,14 +324,18 @@ def test_fragment_count_is_limited() -> None:
     assert protocol.feed(text("", fin=False) + empty * 49) == []
     assert shape(protocol.feed(frame(CONT))) == [1009]
     protocol = WebSocketProtocol()
-    assert protocol.feed(text("", fin=False) + empty * (mflocal.WS_MAX_FRAGMENTS - 1) + P) == [Ping(b"p")]
+    assert protocol.feed(text("", fin=False) + empty * (mflocal.WS_MAX_FRAGMENTS - 1) + P) == [
+        Ping(b"p")
+    ]
     assert shape(protocol.feed(empty)) == [1009]
 
 
 def test_message_limit_is_per_message_and_leaves_control_frames_alone() -> None:
     protocol = WebSocketProtocol(max_message=4)
     for _ in range(3):
-        assert protocol.feed(text("ab", fin=False) + frame(PING, b"x" * 125) + frame(CONT, b"cd")) == [
+        assert protocol.feed(
+            text("ab", fin=False) + frame(PING, b"x" * 125) + frame(CONT, b"cd")
+        ) == [
             Ping(b"x" * 125),
             Text("abcd"),
         ]
@@ -334,7 +381,10 @@ def test_server_frames() -> None:
     assert protocol.send_text(b"x" * 125) == b"\x81\x7d" + b"x" * 125
     assert protocol.send_text(b"x" * 126) == b"\x81\x7e\x00\x7e" + b"x" * 126
     assert protocol.send_text(b"x" * 65535) == b"\x81\x7e\xff\xff" + b"x" * 65535
-    assert protocol.send_text(b"x" * 65536) == b"\x81\x7f\x00\x00\x00\x00\x00\x01\x00\x00" + b"x" * 65536
+    assert (
+        protocol.send_text(b"x" * 65536)
+        == b"\x81\x7f\x00\x00\x00\x00\x00\x01\x00\x00" + b"x" * 65536
+    )
     assert protocol.ping() == b"\x89\x00" and protocol.ping(b"x" * 125) == b"\x89\x7d" + b"x" * 125
     assert protocol.pong(b"\xff") == b"\x8a\x01\xff"
     for make in (protocol.ping, protocol.pong):
@@ -348,7 +398,9 @@ def test_server_frames() -> None:
     assert WebSocketProtocol().close(1005, "not sent") == b"\x88\x00"
     cut = WebSocketProtocol().close(1000, "€" * 42)  # 126 bytes; 41 characters are exactly 123
     assert cut == b"\x88\x7d\x03\xe8" + "€".encode() * 41
-    assert WebSocketProtocol().close(1000, "x" + "€" * 41) == b"\x88\x7b\x03\xe8x" + "€".encode() * 40
+    assert (
+        WebSocketProtocol().close(1000, "x" + "€" * 41) == b"\x88\x7b\x03\xe8x" + "€".encode() * 40
+    )
 
 
 # The opening handshake
@@ -386,15 +438,24 @@ def make_request(
 def test_handshake(headers: dict[str, Any]) -> None:
     answer = mflocal.websocket_handshake(make_request(**headers))
     head = mflocal.switching_protocols(answer)
-    assert head.startswith(b"HTTP/1.1 101 ") and head.endswith(b"\r\n\r\n") and head.count(b"\r\n\r\n") == 1
+    assert (
+        head.startswith(b"HTTP/1.1 101 ")
+        and head.endswith(b"\r\n\r\n")
+        and head.count(b"\r\n\r\n") == 1
+    )
     fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
     assert fields[b"Upgrade"] == b"websocket" and fields[b"Connection"] == b"Upgrade"
     # key and digest are the example of RFC 6455, 1.3
     assert fields[b"Sec-WebSocket-Accept"] == b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-    assert not {b"Sec-WebSocket-Extensions", b"Sec-WebSocket-Protocol", b"Content-Length"} & set(fields)
+    assert not {b"Sec-WebSocket-Extensions", b"Sec-WebSocket-Protocol", b"Content-Length"} & set(
+        fields
+    )
 
 
-RAW = b"GET /ws HTTP/1.1\r\n" + "".join(f"{n.title()}: {v}\r\n" for n, v in HANDSHAKE.items()).encode()
+RAW = (
+    b"GET /ws HTTP/1.1\r\n"
+    + "".join(f"{n.title()}: {v}\r\n" for n, v in HANDSHAKE.items()).encode()
+)
 
 
 def test_frames_right_behind_the_handshake() -> None:
@@ -480,7 +541,9 @@ def deadline() -> Iterator[None]:
 
 
 def random_payload(rng: random.Random) -> bytes:
-    size = rng.choice((0, 1, 2, 3, 4, 5, 7, 8, rng.randrange(130), rng.randrange(130), rng.randrange(700)))
+    size = rng.choice(
+        (0, 1, 2, 3, 4, 5, 7, 8, rng.randrange(130), rng.randrange(130), rng.randrange(700))
+    )
     kind = rng.random()
     if kind < 0.03:
         return rng.randbytes(size)
@@ -499,13 +562,19 @@ def random_frames(rng: random.Random) -> bytes:
         payload = random_payload(rng)
         fin = opcode >= 8 or rng.random() < 0.6
         if opcode == CLOSE and rng.random() < 0.8:
-            payload = rng.choice((1000, 1001, 3000, rng.randrange(65536))).to_bytes(2, "big") + payload
+            payload = (
+                rng.choice((1000, 1001, 3000, rng.randrange(65536))).to_bytes(2, "big") + payload
+            )
         if opcode < 8:  # a code point may lie across two frames
             payload, inside = rest + payload, not fin
             cut = len(payload) if fin else rng.randrange(len(payload) + 1)
             payload, rest = payload[:cut], payload[cut:]
         elif rng.random() < 0.9:
-            payload = payload[:125].decode("utf-8", "ignore").encode() if opcode != CLOSE else payload[:125]
+            payload = (
+                payload[:125].decode("utf-8", "ignore").encode()
+                if opcode != CLOSE
+                else payload[:125]
+            )
         rsv = rng.randrange(8) if rng.random() < 0.01 else 0
         mask = None if rng.random() < 0.01 else rng.randbytes(4)
         form = 64 if rng.random() < 0.01 else None
@@ -545,7 +614,9 @@ def test_fuzz(seed: int, deadline: None) -> None:
             assert protocol.feed(rng.randbytes(50)) == [] and protocol.state == "closed"
         else:
             assert protocol.state == "open"
-    assert texts > 250 and min(codes[code] for code in (1000, 1002, 1007)) > 3, codes  # else it tests little
+    assert texts > 250 and min(codes[code] for code in (1000, 1002, 1007)) > 3, (
+        codes
+    )  # else it tests little
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -559,7 +630,15 @@ def test_against_another_implementation(seed: int, deadline: None) -> None:
         data, inside = b"", False
         for _ in range(rng.randrange(1, 8)):
             opcode = rng.choice(
-                (CONT, TEXT, PING, PONG, CLOSE, CONT if inside else TEXT, rng.choice((0, 3, 11, 15)))
+                (
+                    CONT,
+                    TEXT,
+                    PING,
+                    PONG,
+                    CLOSE,
+                    CONT if inside else TEXT,
+                    rng.choice((0, 3, 11, 15)),
+                )
             )
             if opcode == CLOSE and inside:
                 opcode = PING
@@ -573,7 +652,11 @@ def test_against_another_implementation(seed: int, deadline: None) -> None:
             inside = inside if opcode >= 8 else not fin
             rsv = rng.choice((1, 2, 4)) if rng.random() < 0.05 else 0
             data += frame(
-                opcode, payload, fin=fin, rsv=rsv, mask=None if rng.random() < 0.03 else rng.randbytes(4)
+                opcode,
+                payload,
+                fin=fin,
+                rsv=rsv,
+                mask=None if rng.random() < 0.03 else rng.randbytes(4),
             )
         other = module.Protocol(module.Side.SERVER, max_size=LIMIT)
         other.receive_data(data)
@@ -590,7 +673,9 @@ def test_against_another_implementation(seed: int, deadline: None) -> None:
             elif got.opcode is frames.Opcode.PONG:
                 expected.append(Pong(bytes(got.data)))
         if other.close_rcvd_then_sent:
-            expected.append(Close(int(other.close_rcvd.code), ":r" if other.close_rcvd.reason else ""))
+            expected.append(
+                Close(int(other.close_rcvd.code), ":r" if other.close_rcvd.reason else "")
+            )
         elif other.close_sent is not None:
             expected.append(int(other.close_sent.code))
         events = run([data])[1]
@@ -659,7 +744,9 @@ def with_client(
 def test_client_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(connection: Any) -> None:
         assert connection.protocol.extensions == []  # the client did offer compression
-        texts = ["", "{}", "κόσμε € \U0001f600"] + ["x" * n for n in (125, 126, 127, 4096, 65535, 65536)]
+        texts = ["", "{}", "κόσμε € \U0001f600"] + [
+            "x" * n for n in (125, 126, 127, 4096, 65535, 65536)
+        ]
         for sent in texts:
             await connection.send(sent)
             assert await connection.recv() == sent
@@ -699,7 +786,8 @@ def test_client_closes(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "code"), [("x" * (LIMIT + 1), 1009), (b"binary", 1003), ("close me", 1001), ("big", 1009)]
+    ("message", "code"),
+    [("x" * (LIMIT + 1), 1009), (b"binary", 1003), ("close me", 1001), ("big", 1009)],
 )
 def test_server_closes(monkeypatch: pytest.MonkeyPatch, message: Any, code: int) -> None:
     exceptions = pytest.importorskip("websockets.exceptions")

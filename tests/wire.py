@@ -130,7 +130,11 @@ class Served:
         found = []
         for name in os.listdir("/proc"):
             try:
-                parent = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1] if name.isdigit() else ""
+                parent = (
+                    Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1]
+                    if name.isdigit()
+                    else ""
+                )
             except OSError:
                 continue
             if parent == str(self.pid):
@@ -139,7 +143,9 @@ class Served:
 
     def memory(self) -> float:
         """Resident MiB."""
-        return int(Path(f"/proc/{self.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+        return (
+            int(Path(f"/proc/{self.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+        )
 
     def settled(self, descriptors: int, tasks: int) -> None:
         """Waits until no more is open than that, and that nothing was logged that looks like a bug."""
@@ -170,10 +176,14 @@ class Served:
                 pass
             return got + rest_of(sock)
 
-    def websocket(self, path: str = "/api/ws", headers: bytes = b"", receive: int = 0) -> socket.socket:
+    def websocket(
+        self, path: str = "/api/ws", headers: bytes = b"", receive: int = 0
+    ) -> socket.socket:
         """An open WebSocket, behind its handshake."""
         sock = self.connect(receive=receive)
-        sock.sendall(b"GET " + path.encode() + b" HTTP/1.1\r\n" + HOST + UPGRADE + headers + b"\r\n")
+        sock.sendall(
+            b"GET " + path.encode() + b" HTTP/1.1\r\n" + HOST + UPGRADE + headers + b"\r\n"
+        )
         head = b""
         while b"\r\n\r\n" not in head:
             more = sock.recv(1)
@@ -212,11 +222,18 @@ def answers(data: bytes, methods: list[str] | None = None) -> list[int]:
         first, *lines = head.decode("latin-1").split("\r\n")
         version, status, reason = first.split(" ", 2)
         assert version == "HTTP/1.1" and reason and len(status) == 3, first
-        fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        fields = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines)
+        }
         found.append(int(status))
         if status in ("100", "101"):
             continue
-        method = methods[sum(s >= 200 for s in found) - 1] if methods and len(methods) >= len(found) else "GET"
+        method = (
+            methods[sum(s >= 200 for s in found) - 1]
+            if methods and len(methods) >= len(found)
+            else "GET"
+        )
         if method == "HEAD" or status in ("204", "304"):
             continue
         if fields.get("transfer-encoding") == "chunked":

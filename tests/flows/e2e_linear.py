@@ -15,7 +15,11 @@ class LinearFlow(FlowSpec):
 
     @step
     def middle(self):
-        self.env = {k: v for k, v in os.environ.items() if k.startswith("METAFLOW_") or k.lower() == "no_proxy"}
+        self.env = {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith("METAFLOW_") or k.lower() == "no_proxy"
+        }
         self.length = len(self.text)
         self.next(self.end)
 

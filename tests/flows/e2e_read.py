@@ -15,7 +15,9 @@ def value_of(record):
 
 
 def describe_task(task):
-    artifacts = {a.id: [a.sha, str(a.created_at), a.finished_at is not None] for a in task.artifacts}
+    artifacts = {
+        a.id: [a.sha, str(a.created_at), a.finished_at is not None] for a in task.artifacts
+    }
     return {
         "successful": task.successful,
         "finished": task.finished,
@@ -24,7 +26,9 @@ def describe_task(task):
         "artifacts": artifacts,
         "metadata": sorted([m.name, value_of(m), m.type] for m in task.metadata),
         "tags": sorted(task.tags),
-        "parents": sorted(p.pathspec for p in task.parent_tasks) if hasattr(task, "parent_tasks") else [],
+        "parents": sorted(p.pathspec for p in task.parent_tasks)
+        if hasattr(task, "parent_tasks")
+        else [],
         "stdout": task.stdout,
         "exception": str(task.exception) if task.exception else None,
     }
