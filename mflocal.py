@@ -7,148 +7,62 @@ only sections above it. See docs/architecture.md.
 
 from __future__ import annotations
 
-import _socket
-import _thread
+import array
+import base64
+import codecs
+import collections
+import datetime
 import errno
+import fcntl
+import functools
+import heapq
+import importlib
 import itertools
+import json
+import math
 import operator
 import os
+import re
 import select
+import signal
+import socket
 import stat
+import struct
 import sys
+import threading
 import time
+import zlib
+from functools import lru_cache
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Dict,
+    FrozenSet,
+    Hashable,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Protocol,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
-TYPE_CHECKING = False  # as type checkers know it; `typing` itself would cost every command 3 ms
 if TYPE_CHECKING:
-    import array
+    # Imported by the functions that use it: `mflocal run` must not wait for the 60 ms of asyncio.
     import asyncio
-    import codecs
-    import collections
-    import datetime
-    import fcntl
-    import functools
-    import importlib
-    import json
-    import math
-    import re
-    import signal
-    import socket
-    import struct
-    import zlib
     from concurrent.futures import ThreadPoolExecutor
-    from functools import lru_cache
-    from typing import (
-        IO,
-        Any,
-        AnyStr,
-        AsyncIterator,
-        Awaitable,
-        Callable,
-        Collection,
-        Dict,
-        FrozenSet,
-        Hashable,
-        Iterable,
-        Iterator,
-        List,
-        Mapping,
-        NamedTuple,
-        NoReturn,
-        Optional,
-        Protocol,
-        Sequence,
-        Set,
-        Tuple,
-        TypeVar,
-        Union,
-    )
-
-    _Made = TypeVar("_Made")
-else:
-
-    class NamedTuple(tuple):
-        """What this module uses of typing.NamedTuple, which would cost every command another 3 ms."""
-
-        def __init_subclass__(cls):
-            cls._fields = tuple(cls.__annotations__)
-            cls._field_defaults = {
-                name: getattr(cls, name) for name in cls._fields if hasattr(cls, name)
-            }
-            for index, name in enumerate(cls._fields):
-                setattr(cls, name, property(operator.itemgetter(index)))
-
-        def __new__(cls, *values, **named):
-            if named or len(values) != len(cls._fields):
-                rest = cls._fields[len(values) :]
-                given = {**cls._field_defaults, **named}
-                values += tuple([given[name] for name in rest if name in given])
-                if len(values) != len(cls._fields) or not named.keys() <= set(rest):
-                    raise TypeError("%s takes %s" % (cls.__name__, ", ".join(cls._fields)))
-            return tuple.__new__(cls, values)
-
-        def __repr__(self):
-            return "%s(%s)" % (
-                type(self).__name__,
-                ", ".join("%s=%r" % pair for pair in self._asdict().items()),
-            )
-
-        def _asdict(self):
-            return dict(zip(self._fields, self))
-
-        def _replace(self, **changes):
-            return type(self)(**{**self._asdict(), **changes})
-
-    def lru_cache(maxsize):
-        """functools.lru_cache, made at the first call."""
-
-        def decorate(function):
-            made = None
-
-            def call(*args):
-                nonlocal made
-                if made is None:
-                    made = functools.lru_cache(maxsize)(function)
-                return made(*args)
-
-            return call
-
-        return decorate
-
-
-class _Late:
-    """Stands in for a global of this module until it is used, and then puts the real one in its place."""
-
-    def __init__(self, name: str, make: Callable[[], Any]) -> None:
-        self.__name__ = name
-        self._make = make
-
-    def _made(self) -> Any:
-        made = globals()[self.__name__] = self._make()
-        return made
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._made(), name)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._made()(*args)
-
-    def __contains__(self, key: Any) -> bool:
-        return key in self._made()
-
-
-def late(name: str, make: Callable[[], _Made]) -> _Made:
-    """The global `name`, made when it is first used: what a command does not use it does not wait for."""
-    return _Late(name, make)  # type: ignore[return-value]
-
-
-if not TYPE_CHECKING:
-    # Together they take as long as Python itself: half of the time of `mflocal run true`.
-    for _module in (
-        "codecs", "collections", "datetime", "fcntl", "functools", "importlib", "json", "math", "re", "socket",
-        "struct", "zlib",
-    ):  # fmt: skip
-        globals()[_module] = _Late(_module, lambda name=_module: __import__(name))
-    import _signal as signal  # all of `signal` but its enums, which take 3 ms
 
 
 # ---- 1. Settings: limits, flags and environment, which .metaflow ----
@@ -757,7 +671,7 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-_encode = late("_encode", lambda: json.JSONEncoder(ensure_ascii=True, check_circular=False).encode)
+_encode = json.JSONEncoder(ensure_ascii=True, check_circular=False).encode
 
 
 def dumps(value: Any) -> bytes:
@@ -784,14 +698,9 @@ def _finite(text: str) -> float:
     return value
 
 
-_decode = late(
-    "_decode",
-    lambda: (
-        json.JSONDecoder(
-            parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int
-        ).decode
-    ),
-)
+_decode = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int
+).decode
 
 
 def loads(data: bytes) -> Any:
@@ -809,31 +718,13 @@ def loads(data: bytes) -> Any:
         raise Problem(400, f"the body is not JSON: {error}") from None
 
 
-class _LazyPattern:
-    """A regular expression, compiled when first used."""
-
-    def __init__(self, pattern: Union[str, bytes]) -> None:
-        self.pattern = pattern
-
-    def __getattr__(self, name: str) -> Any:
-        compiled = re.compile(self.pattern)
-        for method in ("match", "fullmatch", "search", "sub"):
-            setattr(self, method, getattr(compiled, method))
-        return getattr(compiled, name)
-
-
-def lazy_pattern(pattern: AnyStr) -> re.Pattern[AnyStr]:
-    """As re.compile, but at first use: compiling the two dozen of this module would cost every command 3 ms."""
-    return _LazyPattern(pattern)  # type: ignore[return-value]
-
-
 # -- names. What passes here may become a file name; nothing else may.
 
-_RUN_ID = lazy_pattern(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}")
+_RUN_ID = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}")
 _RESERVED = frozenset(
     (".", "..", "_meta", "data", "latest_run")
 )  # the last three are local mode's own
-_CONTROL = lazy_pattern(r"[\x00-\x1f\x7f/]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f/]")
 
 
 def is_flow_name(text: str) -> bool:
@@ -1209,7 +1100,7 @@ def artifact_row(record: Mapping[str, Any], run: Mapping[str, Any]) -> Record:
     }
 
 
-_ARRAY_PLAIN = lazy_pattern(r'[^\s{},"\\]+')
+_ARRAY_PLAIN = re.compile(r'[^\s{},"\\]+')
 
 
 def value_text(value: Any) -> Optional[str]:
@@ -1482,7 +1373,7 @@ class Pacer:
 # -- the file primitives
 
 
-_scan = late("_scan", lambda: json.JSONDecoder().raw_decode)
+_scan = json.JSONDecoder().raw_decode
 
 
 def read_record(path: str) -> Optional[Record]:
@@ -3323,7 +3214,7 @@ NOT_GROUPED = frozenset(
 _STATUSES = frozenset(("running", "completed", "failed"))
 _OPERATORS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "co", "sw", "ew", "li", "is"))
 _EPOCHS = frozenset(("ts_epoch", "last_heartbeat_ts"))
-_INTEGER = lazy_pattern(r"(?a:\s*[+-]?[0-9]{1,19}\s*)")
+_INTEGER = re.compile(r"(?a:\s*[+-]?[0-9]{1,19}\s*)")
 _INT8 = 2**63
 _COMPARE: Dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
@@ -3417,13 +3308,8 @@ def _finder(piece: List[str]) -> Callable[[str, int], int]:
 
 
 _RE_PACKAGE = sys.version_info >= (3, 11)
-_re_parser: Any = late(
-    "_re_parser", lambda: importlib.import_module("re._parser" if _RE_PACKAGE else "sre_parse")
-)
-_re_compiler: Any = late(
-    "_re_compiler",
-    lambda: importlib.import_module("re._compiler" if _RE_PACKAGE else "sre_compile"),
-)
+_re_parser: Any = importlib.import_module("re._parser" if _RE_PACKAGE else "sre_parse")
+_re_compiler: Any = importlib.import_module("re._compiler" if _RE_PACKAGE else "sre_compile")
 _LEAVES = frozenset(("LITERAL", "NOT_LITERAL", "ANY", "IN"))
 _SPECIAL = frozenset("\\.^$*+?{}[]()|")
 
@@ -4001,7 +3887,6 @@ def sort_rows(rows: Sequence[Row], order: Order, top: Optional[int] = None) -> L
     under a leading ascending ts_epoch do equals come oldest first. Null is the largest value: last when
     ascending, first when descending (what has not finished is the newest).
     """
-    import heapq
 
     if not order:
         return list(rows[:top])
@@ -4063,7 +3948,7 @@ def group_rows(rows: Sequence[Row], query: ListQuery) -> Tuple[List[Row], bool]:
 # Answers.
 
 _SCHEMES = frozenset(("http", "https"))
-_HOST = lazy_pattern(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 
 
 def base_url(headers: Mapping[str, str], default_scheme: str = "http") -> str:
@@ -4168,8 +4053,6 @@ def cursor_page(
     rows are returned as they are, without headers. Raises Problem 400 (ids "invalid-limit",
     "invalid-cursor") where the real service answers 500 or drops a row.
     """
-    import base64
-    import heapq
 
     if not always and not wants_cursor(args):
         return list(rows), {}
@@ -4207,7 +4090,6 @@ def _ranked(value: Any) -> Tuple[int, Any]:
 
 
 def _decode_cursor(cursor: str, key_fields: Sequence[str]) -> Dict[str, Any]:
-    import base64
 
     try:
         record = loads(
@@ -4449,24 +4331,10 @@ _RECONSTRUCTORS = frozenset(
     ("_reconstructor", "_reconstruct", "__newobj__", "__newobj_ex__", "_new_Index")
 )
 _KINDS_OF_TIME = ("datetime", "date", "time", "timedelta", "timezone")
-_PLAIN_KINDS = late(
-    "_PLAIN_KINDS",
-    lambda: frozenset(
-        [
-            str,
-            int,
-            float,
-            bool,
-            type(None),
-            bytes,
-            complex,
-            range,
-            PickledName,
-            PickledObject,
-            PlainValue,
-        ]
-        + [getattr(datetime, name) for name in _KINDS_OF_TIME]
-    ),
+_PLAIN_KINDS = frozenset(
+    [str, int, float, bool, type(None), bytes, complex, range, PickledName, PickledObject]
+    + [PlainValue]
+    + [getattr(datetime, name) for name in _KINDS_OF_TIME]
 )
 
 
@@ -5308,12 +5176,10 @@ class ArtifactValue:
         self.error: Optional[Dict[str, Any]] = None
 
 
-_SHA = lazy_pattern(r"[0-9a-f]{6,128}")
-_TYPE = lazy_pattern(r"<(?:class|type) '([^'<>]{1,200})'>")
+_SHA = re.compile(r"[0-9a-f]{6,128}")
+_TYPE = re.compile(r"<(?:class|type) '([^'<>]{1,200})'>")
 _PICKLES = frozenset(["pickle-v2", "pickle-v4", "gzip+pickle-v2", "gzip+pickle-v4", "", None])
-_task_index_lock = (
-    _thread.allocate_lock()
-)  # a threading.Lock without the 1 ms that importing it takes
+_task_index_lock = threading.Lock()
 _task_indexes: Dict[
     Tuple[str, ...], Tuple[Tuple[int, int, int], Dict[str, Any]]
 ] = {}  # the latest used last
@@ -5528,7 +5394,7 @@ def _decode_artifact(
 
 
 _INCLUDED_FILE = ("metaflow.includefile", "IncludedFile")
-_INCLUDED = lazy_pattern(r"(?s:local://.*/([^/]+)/([0-9a-f]{40}))")
+_INCLUDED = re.compile(r"(?s:local://.*/([^/]+)/([0-9a-f]{40}))")
 
 
 def _read_included(
@@ -5838,10 +5704,10 @@ def _graph_of_steps(shown: Sequence[Tuple[str, int]]) -> Dict[str, Any]:
 
 LOG_STREAMS = ("stdout", "stderr")
 _LOG_SOURCES = ("runtime", "task")
-_LOG_USUAL = lazy_pattern(
+_LOG_USUAL = re.compile(
     rb"\[MFLOG\|0\|([0-9-]{10}T[0-9:]{8})\.([0-9]{6})Z\|[^|\]\n]{1,40}\|[^|\]\n]{1,80}\]"
 )
-_LOG_HEAD = lazy_pattern(rb"(?:\[!)?\[MFLOG\|0\|(.+?)Z\|.+?\|.+?\]")
+_LOG_HEAD = re.compile(rb"(?:\[!)?\[MFLOG\|0\|(.+?)Z\|.+?\|.+?\]")
 _LOG_BLOCK = 1024 * 1024
 
 
@@ -5919,7 +5785,6 @@ class _LogFile:
 
     def clear(self) -> None:
         """Forget the index of the lines."""
-        import array
 
         self.starts = array.array("Q")
         self.times = array.array(
@@ -6027,7 +5892,7 @@ class _TaskLog:
     """The lines of one stream of one attempt, of all its files, in order."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.lock = _thread.allocate_lock()
+        self.lock = threading.Lock()
         self.files = [_LogFile(name) for name in names]
         self.order: Optional[array.array[int]] = (
             None  # file * 2**48 + line, when it is not that of one file
@@ -6037,8 +5902,6 @@ class _TaskLog:
 
     def update(self, opened: Sequence[Optional[IO[bytes]]]) -> None:
         """Index what was written to its files, and merge them by time."""
-        import array
-        import heapq
 
         for file, handle in zip(self.files, opened):
             file.update(handle)
@@ -6071,7 +5934,7 @@ class _TaskLog:
         return packed >> 48, packed & ((1 << 48) - 1)
 
 
-_logs_lock = _thread.allocate_lock()
+_logs_lock = threading.Lock()
 _logs: Dict[Tuple[str, ...], _TaskLog] = {}
 
 
@@ -6292,7 +6155,7 @@ class _Card(NamedTuple):
     parts: Tuple[str, ...]
 
 
-_CARD_NAME = lazy_pattern(
+_CARD_NAME = re.compile(
     r"([^-/\\]{1,128})-(?:([^-/\\]{1,128})-)?([0-9A-Za-z]{1,64})\.(html|data\.json)"
 )
 
@@ -6548,30 +6411,30 @@ _HTTP_REASONS = {
 _HTTP_METHODS = frozenset(
     ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 )
-_HTTP_TOKEN = lazy_pattern(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_HTTP_VERSION = lazy_pattern(r"HTTP/[0-9]\.[0-9]")
-_HTTP_TARGET = lazy_pattern(r"/[!\"$-~]*")  # visible ASCII without "#"
-_HTTP_ABSOLUTE = lazy_pattern(r"[Hh][Tt][Tt][Pp]://([!\"$-.0->@-~]+)([/?][!\"$-~]*)?")
-_HTTP_LENGTH = lazy_pattern(r"[0-9]{1,19}")
-_HTTP_CODINGS = lazy_pattern(rf"{_HTTP_TOKEN.pattern}(?:[ \t]*,[ \t]*{_HTTP_TOKEN.pattern})*")
-_HTTP_AUTHORITY = lazy_pattern(
+_HTTP_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
+_HTTP_TARGET = re.compile(r"/[!\"$-~]*")  # visible ASCII without "#"
+_HTTP_ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp]://([!\"$-.0->@-~]+)([/?][!\"$-~]*)?")
+_HTTP_LENGTH = re.compile(r"[0-9]{1,19}")
+_HTTP_CODINGS = re.compile(rf"{_HTTP_TOKEN.pattern}(?:[ \t]*,[ \t]*{_HTTP_TOKEN.pattern})*")
+_HTTP_AUTHORITY = re.compile(
     r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9A-Za-z._-]{1,255}))(?::([0-9]{1,5}))?"
 )
-_HTTP_PERCENT = lazy_pattern(rb"%([0-9A-Fa-f]{2})?")
-_HTTP_VALUE = lazy_pattern(r"[\t\x20-\x7e\x80-\xff]*")
-_HTTP_CONTROL = lazy_pattern(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_HTTP_PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})?")
+_HTTP_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_HTTP_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 # The bytes that may stand inside a line: what translate() leaves over must be CRLF pairs, nothing else.
 _HTTP_TEXT = bytes(c for c in range(256) if c == 9 or (c >= 32 and c != 127))
 
 _HTTP_TOKEN_BYTES = _HTTP_TOKEN.pattern.encode()
-_HTTP_CHUNK_LINE = lazy_pattern(
+_HTTP_CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*"
     + _HTTP_TOKEN_BYTES
     + rb"(?:[ \t]*=[ \t]*(?:"
     + _HTTP_TOKEN_BYTES
     + rb'|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"))?)*)'
 )
-_HTTP_CHUNK_BEGUN = lazy_pattern(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t\x20-\x7e\x80-\xff]*)?\r?)?")
+_HTTP_CHUNK_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t\x20-\x7e\x80-\xff]*)?\r?)?")
 
 # Fields that mean one thing: a second one is how two readers of a message come to differ.
 _HTTP_SINGLETONS = frozenset(
@@ -7301,7 +7164,7 @@ def problem_response(problem: Problem) -> Response:
 # Payload of a control frame (RFC 6455, 5.5); a close frame spends two of them on its code.
 _WS_MAX_CONTROL = 125
 _WS_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
-_WS_KEY = lazy_pattern(r"[A-Za-z0-9+/]{22}==")  # base64 of exactly 16 bytes
+_WS_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # base64 of exactly 16 bytes
 _WS_CONTINUATION, _WS_TEXT, _WS_BINARY, _WS_CLOSE, _WS_PING, _WS_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 _WS_OPCODES = frozenset((_WS_CONTINUATION, _WS_TEXT, _WS_BINARY, _WS_CLOSE, _WS_PING, _WS_PONG))
 _WS_EXTENDED = {126: 2, 127: 8}  # 7-bit length -> bytes of the length that follows
@@ -7314,7 +7177,6 @@ def websocket_handshake(request: Request) -> list[tuple[str, str]]:
     upgrade to websocket asked for, or a version other than 13). Extensions and subprotocols that the client
     offers are not taken up, which the RFC allows. Host, Origin and key are the business of section 10.
     """
-    import base64
     import hashlib
 
     if request.method != "GET":
@@ -8910,7 +8772,7 @@ async def _label_of(store: Store, settings: Settings, task: TaskNode, facts: Tas
     return label or ""
 
 
-_METAFLOW_VERSION = lazy_pattern(r"metaflow_version:(\d+)\.(\d+)\.(\d+)")
+_METAFLOW_VERSION = re.compile(r"metaflow_version:(\d+)\.(\d+)\.(\d+)")
 
 
 def _tells_foreach(run: RunNode) -> bool:
@@ -12136,9 +11998,9 @@ class Link:
         self._state = state
         self._rest = b""  # of an answer after the one that was read
         self.due = 0  # answers not read yet
-        family = _socket.AF_INET6 if ":" in state.address else _socket.AF_INET
-        self.sock = _socket.socket(
-            family, _socket.SOCK_STREAM
+        family = socket.AF_INET6 if ":" in state.address else socket.AF_INET
+        self.sock = socket.socket(
+            family, socket.SOCK_STREAM
         )  # `socket` around it takes 5 ms to load
         try:
             self.sock.settimeout(timeout)

