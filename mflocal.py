@@ -6367,7 +6367,7 @@ def foreach_label(task_id: Any, stack: Any = None, execution_path: Any = None) -
     if (
         isinstance(stack, (list, tuple))
         and stack
-        and isinstance(stack[0], tuple)
+        and isinstance(stack[0], (list, tuple))
         and len(stack[0]) >= 4
     ):
         index = stack[0][3]
@@ -6385,6 +6385,200 @@ def foreach_depth(execution_path: Any = None, stack: Any = None) -> int:
     if isinstance(execution_path, str) and execution_path:
         return execution_path.count(",") + 1
     return len(foreach_frames(stack))
+
+
+# The reader: all that other sections ask of the datastore, of logs, cards and client-sent patterns.
+
+if TYPE_CHECKING:
+    _Got = TypeVar("_Got")
+
+
+@lru_cache(maxsize=2)
+def _pool(name: str, threads: int) -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+
+async def in_thread(
+    function: Callable[..., _Got], *args: Any, pool: str = "reader", **kwargs: Any
+) -> _Got:
+    """Calls a blocking function of this section in one of READER_THREADS threads; in pool "search" there is one.
+
+    Searches take long, and logs, cards and parameters must not wait for them.
+    """
+    import asyncio
+
+    call = functools.partial(function, *args, **kwargs)
+    threads = _pool(pool, 1 if pool == "search" else READER_THREADS)
+    return await asyncio.get_running_loop().run_in_executor(threads, call)
+
+
+class LogWindow(NamedTuple):
+    """One page of a log. rows: each {"row", "timestamp", "line"} as JSON; pages: at least 1; found: a file is there."""
+
+    rows: List[bytes]
+    pages: int
+    total: int
+    found: bool
+
+
+class Reader:
+    """Reads what user code has written: plain data in, plain data out, never a foreign object.
+
+    Artifact records need flow_id, run_number (or run_id), step_name, task_id (or task_name), name,
+    attempt_id, sha, ds_type, location and content_type, as the store and `ui_artifact_row` give them. A task
+    is (flow, run, step, task id). A request whose task is cancelled costs nothing further.
+    """
+
+    def __init__(self, metaflow_dir: str, data_roots: Sequence[str] = ()) -> None:
+        self.metaflow_dir = metaflow_dir
+        self.data_roots = tuple(data_roots)
+        self.card_roots: List[str] = []  # more places with cards than .metaflow/mf.cards
+
+    async def contents(self, records: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
+        """For each artifact {"content": text} or {"postprocess_error": {"id", "detail", "traceback"}}."""
+        return await in_thread(
+            artifact_contents, self.metaflow_dir, records, data_roots=self.data_roots
+        )
+
+    async def values(self, records: Sequence[Mapping[str, Any]]) -> List[Any]:
+        """The value of each artifact as JSON has it (tuples are lists); None for what cannot be read."""
+
+        def read() -> List[Any]:
+            return [
+                _JsonMaker().make(read_artifact(self.metaflow_dir, record).value)
+                for record in records
+            ]
+
+        return await in_thread(read)
+
+    async def parameters(self, records: Iterable[Mapping[str, Any]]) -> Dict[str, Dict[str, Any]]:
+        """{name: {"value": JSON value}} from the records of the `_parameters` task."""
+        return await in_thread(
+            run_parameters, self.metaflow_dir, list(records), data_roots=self.data_roots
+        )
+
+    async def graph(
+        self, records: Iterable[Mapping[str, Any]], steps: Sequence[Tuple[str, int]] = ()
+    ) -> Optional[Dict[str, Any]]:
+        """The graph from `_graph_info` among the records, else from `steps`: (name, foreach depth), as they began.
+
+        None when there is nothing to draw. Raises Problem(501) for a datastore that is elsewhere.
+        """
+        return await in_thread(run_dag, self.metaflow_dir, list(records), steps)
+
+    async def log_page(
+        self,
+        task: Sequence[str],
+        attempt: int,
+        stream: str,
+        *,
+        limit: int = 1000,
+        page: int = 1,
+        reverse: bool = False,
+        ds_type: Any = None,
+        ds_root: Any = None,
+    ) -> LogWindow:
+        """A page of "stdout" or "stderr"; `limit` 0 = all. `reverse` counts pages and rows from the end.
+
+        Raises Problem(501) when there is no file and the datastore is elsewhere.
+        """
+        log = await in_thread(
+            log_rows,
+            self.metaflow_dir,
+            task,
+            attempt,
+            stream,
+            limit=limit,
+            page=page,
+            reverse=reverse,
+            ds_type=ds_type,
+            ds_root=ds_root,
+        )
+        return LogWindow([dumps(row) for row in log.rows], log.pages, log.total, log.total > 0)
+
+    async def log_download(
+        self,
+        task: Sequence[str],
+        attempt: int,
+        stream: str,
+        *,
+        ds_type: Any = None,
+        ds_root: Any = None,
+    ) -> AsyncIterator[bytes]:
+        """The whole log in pieces. Raises, before the first one, as `log_page` does."""
+        pieces = await in_thread(
+            log_text,
+            self.metaflow_dir,
+            task,
+            attempt,
+            stream,
+            ds_type=ds_type,
+            ds_root=ds_root,
+        )
+
+        async def read() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    piece = await in_thread(next, pieces, b"")
+                    if not piece:
+                        return
+                    yield piece
+            finally:
+                pieces.close()  # type: ignore[attr-defined]
+
+        return read()
+
+    async def cards(self, task: Sequence[str]) -> List[Dict[str, Any]]:
+        """[{"id": text or None, "hash", "type"}], those without an id first."""
+        return await in_thread(list_cards, self.metaflow_dir, task, self._card_roots())
+
+    async def card(self, task: Sequence[str], hash: str) -> Optional[AsyncIterator[bytes]]:
+        """The HTML of a card in pieces; None when there is none (yet). Raises Problem(422) for one too large."""
+        html = await in_thread(card_html, self.metaflow_dir, task, hash, self._card_roots())
+
+        async def read(html: bytes) -> AsyncIterator[bytes]:
+            for at in range(0, len(html), 256 * KIB):
+                yield html[at : at + 256 * KIB]
+
+        return None if html is None else read(html)
+
+    async def card_data(self, task: Sequence[str], hash: str) -> Optional[bytes]:
+        """The data of a card that is refreshed while its task runs, as JSON; None when there is none (yet)."""
+        data = await in_thread(card_data, self.metaflow_dir, task, hash, self._card_roots())
+        return None if data is None else dumps(data)
+
+    def _card_roots(self) -> List[str]:
+        # With METAFLOW_CARD_LOCALROOT set, Metaflow 2.19 writes cards into the datastore itself.
+        named = os.environ.get("METAFLOW_CARD_LOCALROOT")
+        return [self.metaflow_dir, *([named] if named else []), *self.card_roots]
+
+    async def search(
+        self, records: Sequence[Mapping[str, Any]], value: Optional[str]
+    ) -> List[Optional[Dict[str, Any]]]:
+        """For each artifact its match with a search value, None for no match; see `search_artifact`."""
+
+        def find() -> List[Optional[Dict[str, Any]]]:
+            return [
+                search_artifact(self.metaflow_dir, record, value, data_roots=self.data_roots)
+                for record in records
+            ]
+
+        return await in_thread(find, pool="search")
+
+    async def match(
+        self, pattern: str, texts: Sequence[str], *, anywhere: bool = False
+    ) -> List[bool]:
+        """Whether each text matches a client's regular expression, from its beginning or `anywhere`.
+
+        Raises Problem(400) for a pattern that is invalid, too long, or takes too long.
+        """
+        test = compile_pattern(pattern, search=anywhere)
+        return [test(text) for text in texts]
+
+    def close(self) -> None:
+        """Ends what reads."""
 
 
 # ---- 8. HTTP: bytes in, request or error out ----
@@ -7841,33 +8035,6 @@ async def encode_list(rows: Iterable[Mapping[str, Any]]) -> bytes:
         parts.append(dumps(row))
         await pace()
     return b"[" + b", ".join(parts) + b"]"
-
-
-# -- blocking reads
-
-if TYPE_CHECKING:
-    _Got = TypeVar("_Got")
-
-
-@lru_cache(maxsize=2)
-def _pool(name: str, threads: int) -> ThreadPoolExecutor:
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(threads, thread_name_prefix=name)
-
-
-async def in_thread(
-    function: Callable[..., _Got], *args: Any, pool: str = "reader", **kwargs: Any
-) -> _Got:
-    """Calls a blocking function of section 7 in one of READER_THREADS threads; in pool "search" there is one.
-
-    Searches take long, and logs, cards and parameters must not wait for them.
-    """
-    import asyncio
-
-    call = functools.partial(function, *args, **kwargs)
-    threads = _pool(pool, 1 if pool == "search" else READER_THREADS)
-    return await asyncio.get_running_loop().run_in_executor(threads, call)
 
 
 def data_roots(settings: Settings) -> Tuple[str, ...]:
@@ -11169,6 +11336,7 @@ class Service:
         )
         self.store.sweep()
         self.liveness = Liveness(self.store, settings.run_cutoff)
+        self.reader = Reader(settings.metaflow_dir, data_roots(settings))
         self.subscriptions = Subscriptions(self.store, self.liveness, settings, log)
         self.router = Router()
         register_metadata_routes(self.router, MetadataApi(self.store, self.liveness, settings))
