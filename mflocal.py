@@ -278,7 +278,20 @@ CONFIG_FILE_BYTES = 4 * MIB  # of a notifications, links or plugins file
 PLUGIN_FILE_BYTES = 32 * MIB  # of one file of a plugin
 
 # The server.
-READ_SIZE = 64 * KIB  # one read of a socket; an asyncio stream holds at most twice that
+READ_SIZE = 64 * KIB  # bytes that may wait behind a request that is being answered
+SEND_SIZE = 256 * KIB  # longer answers leave in pieces of that size, as fast as the client reads
+MAX_UNSENT = 128 * MIB  # of all long answers that clients have not taken yet; more get 503
+STREAM_COST = 512 * KIB  # what a streamed answer counts for in it: a piece and the socket's buffers
+MAX_BODIES = (
+    64 * MIB
+)  # request bodies on all connections together; decoded they take several times that
+SMALL_BODY = 64 * KIB  # a body that is never refused for what others send
+REQUESTS_IN_ROW = (
+    16  # pipelined requests that are answered before other connections have their turn
+)
+HALF_CLOSED = (
+    1.0  # s for a handler whose client has closed its half: it may still read (nc), or be dead
+)
 ONE_SHOT = (
     1.0  # s: who closes a connection so soon after its only request keeps none, and has not died
 )
@@ -6895,6 +6908,11 @@ class RequestParser:
         """Bytes received and not yet used."""
         return len(self._buf)
 
+    @property
+    def held(self) -> int:
+        """Bytes in memory of what is not complete."""
+        return len(self._buf) + len(self._body)
+
     def feed(self, data: bytes) -> None:
         """Bytes as they came; next() takes requests from them."""
         if self._state != _AT_DONE:
@@ -6909,6 +6927,7 @@ class RequestParser:
         """Ends the parsing (another protocol takes over); returns the bytes behind the last request."""
         data = bytes(self._buf)
         self._buf.clear()
+        self._body = bytearray()
         self._state = _AT_DONE
         return data
 
@@ -7112,7 +7131,8 @@ class RequestParser:
             if need:
                 if len(buf) < need:
                     return None
-                request.body = bytes(buf[:need])
+                with memoryview(buf) as view:
+                    request.body = bytes(view[:need])
                 del buf[:need]
         else:
             if not self._take_chunks():
@@ -7252,12 +7272,14 @@ def _head_start(status: int, content_type: str) -> bytes:
 
 
 class Response:
-    """One answer: status, content_type, and body or stream (an async iterator of bytes, sent chunked).
+    """One answer: status, content_type, and body or stream.
 
+    stream: an async generator of pieces of at most SEND_SIZE bytes, sent as fast as the client reads, closed
+    when it leaves; it goes in chunks unless `length` says how many bytes it has. close: the connection ends.
     headers is a list of (name, value); Content-Length, Transfer-Encoding and Connection are encode()'s own.
     """
 
-    __slots__ = ("status", "body", "content_type", "headers", "stream")
+    __slots__ = ("status", "body", "content_type", "headers", "stream", "length", "close")
 
     def __init__(
         self,
@@ -7266,21 +7288,59 @@ class Response:
         content_type: str = "",
         headers: Iterable[tuple[str, str]] = (),
         stream: AsyncIterator[bytes] | None = None,
+        length: int | None = None,
     ) -> None:
         self.status = status
         self.body = body
         self.content_type = content_type
         self.headers: list[tuple[str, str]] = list(headers)
         self.stream = stream
+        self.length = length
+        self.close = False
 
     def __repr__(self) -> str:
         return f"<Response {self.status} {self.content_type}>"
 
     def keeps_alive(self, request: Request | None) -> bool:
         """Whether another request may follow on the connection; `request` None: what came was unreadable."""
-        if request is None or not request.keep_alive:
+        if request is None or self.close or not request.keep_alive:
             return False
-        return self.stream is None or not request.http10
+        return self.stream is None or self.length is not None or not request.http10
+
+    @property
+    def is_short(self) -> bool:
+        """Whether encode() gives all of it."""
+        return self.stream is None and len(self.body) <= SEND_SIZE
+
+    @property
+    def cost(self) -> int:
+        """Bytes of memory that it holds while a slow client takes it; 0 if it is short."""
+        return 0 if self.is_short else STREAM_COST if self.stream is not None else len(self.body)
+
+    async def pieces(self, request: Request) -> AsyncIterator[bytes | memoryview]:
+        """The body of an answer that is not short, as it goes over the wire."""
+        if self.stream is None:
+            body = memoryview(self.body)
+            for start in range(0, len(body), SEND_SIZE):
+                yield body[start : start + SEND_SIZE]
+            return
+        chunked = self.length is None and not request.http10
+        sent = 0
+        async for piece in self.stream:
+            sent += len(piece)
+            if self.length is not None and sent > self.length:
+                break
+            yield encode_chunk(piece) if chunked else piece
+        if self.length is not None and sent != self.length:
+            raise ValueError("the stream is not as long as was said: its file has changed")
+        if chunked:
+            yield LAST_CHUNK
+
+    async def discard(self) -> None:
+        """Lets the stream, if there is one, close what it has open."""
+        close = getattr(self.stream, "aclose", None)
+        if close is not None:
+            await close()
 
     def encode(
         self,
@@ -7289,10 +7349,9 @@ class Response:
         close: bool = False,
         extra: tuple[tuple[str, str], ...] = (),
     ) -> bytes:
-        """The answer to `request` as bytes: head and body, or only the head when there is a stream.
+        """The answer to `request` as bytes; only the head if it is not short, and then pieces() follow.
 
-        A stream's pieces then follow through encode_chunk() and LAST_CHUNK; to HTTP/1.0 they go as they are
-        and the close ends them; to HEAD none go. request=None answers what could not be parsed, and closes.
+        To HEAD no body goes. request=None answers what could not be parsed, and closes.
         `extra`: headers that many answers share (cors_headers), encoded once. ValueError if a header would
         break the framing (answer 500 then).
         """
@@ -7316,12 +7375,13 @@ class Response:
             if status == 304 and self.body:
                 parts.append(b"Content-Length: %d\r\n" % len(self.body))
             parts.append(b"\r\n")
-        elif self.stream is not None:
+        elif self.stream is not None and self.length is None:
             chunked = request is None or not request.http10
             parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"\r\n")
         else:
-            parts.append(b"Content-Length: %d\r\n\r\n" % len(self.body))
-            if request is None or request.method != "HEAD":
+            length = len(self.body) if self.length is None else self.length
+            parts.append(b"Content-Length: %d\r\n\r\n" % length)
+            if self.is_short and (request is None or request.method != "HEAD"):
                 parts.append(self.body)
         return b"".join(parts)
 
@@ -7349,8 +7409,10 @@ def text_response(
 
 
 def problem_response(problem: Problem) -> Response:
-    """The JSON answer that a Problem stands for; the caller closes the connection if problem.close."""
-    return json_response(problem.body(), problem.status, problem.headers.items())
+    """The JSON answer that a Problem stands for."""
+    response = json_response(problem.body(), problem.status, problem.headers.items())
+    response.close = problem.close
+    return response
 
 
 # ---- 9. WebSocket: the server's side of RFC 6455, without I/O ----
@@ -8002,6 +8064,86 @@ def _from_own_page(request: Request) -> bool:
     return request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
 
 
+# A connection from loopback whose other end belongs to another user is a stranger's: no key, no service.
+# The system tells who that is, in 30 us by netlink (a read of /proc/net/tcp takes 5 ms, and more with many
+# sockets). An end whose process has closed it belongs to nobody any more (inode 0, and uid 0 with it), so
+# that who writes and leaves at once must not pass for root.
+
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, _NLMSG_ERROR = 4, 20, 1, 2
+
+
+def other_user(local: tuple[Any, ...], peer: tuple[Any, ...]) -> int | None:
+    """The uid of another user (root excepted) at the other end of a connection from loopback, else None.
+
+    -1: that end has been closed already. None also where the system cannot tell (macOS).
+    """
+    if not is_loopback(peer[0]):
+        return None
+    try:
+        found = _socket_owner(peer, local)
+        if found is None:
+            return None if _socket_owner(local, peer) is None else -1
+    except (OSError, struct.error):
+        return None
+    uid, inode = found
+    if not inode:
+        return -1
+    return None if uid in (0, os.geteuid()) else uid
+
+
+def _socket_owner(near: tuple[Any, ...], far: tuple[Any, ...]) -> tuple[int, int] | None:
+    """(uid, inode) of the socket with these two addresses, None if there is none. OSError: nobody tells."""
+    family = socket.AF_INET6 if ":" in near[0] else socket.AF_INET
+    ends = [socket.inet_pton(family, end[0]) for end in (near, far)]
+    if not hasattr(socket, "AF_NETLINK"):
+        raise OSError(errno.ENOSYS, "no netlink")
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+            netlink.settimeout(1.0)
+            # struct nlmsghdr, inet_diag_req_v2, inet_diag_sockid (linux/inet_diag.h); no cookie, any state
+            request = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF)
+            request += struct.pack("!HH16s16s", near[1], far[1], *ends)
+            request += struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
+            size = 16 + len(request)
+            netlink.send(
+                struct.pack("=IHHII", size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request
+            )
+            answer = netlink.recv(4096)
+        if struct.unpack_from("=H", answer, 4)[0] != _NLMSG_ERROR:
+            uid, inode = struct.unpack_from("=II", answer, 80)
+            return uid, inode
+        if struct.unpack_from("=i", answer, 16)[0] == -errno.ENOENT:
+            return None
+    except OSError:
+        pass  # a kernel or a sandbox without it: the table of all sockets says the same
+    return _socket_owner_in_table(family, [(a, end[1]) for a, end in zip(ends, (near, far))])
+
+
+def _socket_owner_in_table(family: int, ends: list[tuple[bytes, int]]) -> tuple[int, int] | None:
+    words = [
+        "".join("%08X" % word for word in struct.unpack(f"={len(address) // 4}I", address))
+        + ":%04X" % port
+        for address, port in ends
+    ]
+    with open("/proc/net/tcp6" if family == socket.AF_INET6 else "/proc/net/tcp") as table:
+        for line in table:
+            fields = line.split()
+            if fields[1:3] == words:
+                return int(fields[7]), int(fields[9])
+    return None
+
+
+def check_user(other_user: int | None) -> None:
+    """Problem 403 for another user of this machine: nobody else's process may act on these flows."""
+    if other_user is not None:
+        who = f"user {other_user}" if other_user >= 0 else "a process that has ended"
+        raise Problem(
+            403,
+            f"this service belongs to user {os.geteuid()}, and the request comes from {who}: "
+            f"start mflocal with {ENV_PREFIX}AUTH_KEY set, and give the other user the key that `mflocal env` prints",
+        )
+
+
 def admit(
     request: Request,
     *,
@@ -8009,8 +8151,11 @@ def admit(
     allowed_origins: tuple[str, ...] = (),
     bound_host: str = "127.0.0.1",
     auth_key: str | None = None,
+    other_user: int | None = None,
 ) -> Headers:
     """All checks in their order. Returns the headers for the answer (for Response.encode's extra).
+
+    other_user: the uid at the other end, if it is a stranger's and there is no key that it could bring.
 
     Problem 400, 401, 403: these have such headers already, so that an allowed page can read why.
     """
@@ -8019,6 +8164,8 @@ def admit(
         check_host(request, allowed_hosts, bound_host)
         origin = check_browser(request, allowed_origins)
         check_key(request, auth_key)
+        if request.path not in KEYLESS_PATHS:
+            check_user(other_user)
     except Problem as problem:
         problem.headers.update(cors_headers(origin))
         raise
@@ -11104,99 +11251,454 @@ class Takeover:
 
 
 class Connection:
-    """One client's TCP connection; `deadline` is monotonic seconds, checked by the sweeper."""
+    """One client's TCP connection: an asyncio protocol that answers its requests one after the other.
 
-    __slots__ = (
-        "reader",
-        "writer",
-        "parser",
-        "deadline",
-        "working",
-        "parting",
-        "kept",
-        "ours",
-        "socket",
-        "written",
-        "task",
-        "answers",
-        "answered",
-    )
+    An answer that is ready and short leaves at once; all else is done by a task, during which little more
+    is read. One deadline counts at a time. What the client causes (an end of its bytes, a reset, an error
+    while writing to it) is told to Liveness as closed by the client, whatever was going on.
+    """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.parser = RequestParser()
-        self.deadline = time.monotonic() + HEADER_TIMEOUT
-        self.working = False  # a request is being answered
-        self.parting = False  # nothing more is read; what is left is being sent
-        self.answers = 0
-        self.answered = 0.0  # monotonic s of the first answer
-        self.kept = False  # a lease: no limit on silence
-        self.ours = False  # we decided to close it, so that its end says nothing about the client
-        self.socket: Optional[WebSocket] = None
-        self.written = -1  # bytes that waited for a slow reader when last looked at
-        self.task: Optional[asyncio.Task[None]] = None
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._parser = RequestParser()
+        self._transport: Any = None
+        self.websocket: Optional[WebSocket] = None
+        self.other_user: Optional[int] = None  # who is at the other end, if it must bring the key
+        self.address = ""  # ours, as this client reached it
+        self.is_lease = False  # no limit on silence
+        self.working = False  # a request that counts as use is being answered
+        self._task: Optional[asyncio.Task[None]] = None  # waits for a handler, or sends
+        self._handling: Optional[Request] = None  # whose handler the task waits for
+        self._room: Optional[asyncio.Future[None]] = None  # while what was written waits in memory
+        self._ended = False  # the client has sent its last byte
+        self._parting = False  # nothing more is read; what is left is being sent
+        self._lost = False  # it is over
+        self._closed_by_us = False  # so that its end says nothing about the client
+        self._answers = 0
+        self._first_answer = 0.0  # monotonic s
+        self._held = 0  # bytes of request bodies counted in the service's sum
+        self._unsent = -1  # bytes that waited for a slow reader at the last deadline
+        self._deadline = 0.0  # monotonic s
+        self._timer: Optional[asyncio.TimerHandle] = None
 
-    def one_shot(self) -> bool:
-        """Whether the client made one request and left, as clients do that keep no connections (curl)."""
-        return self.answers < 2 and time.monotonic() - self.answered < ONE_SHOT
+    # -- what asyncio calls
+
+    def connection_made(self, transport: Any) -> None:
+        """The client has connected."""
+        self._transport = transport
+        self.address = str(transport.get_extra_info("sockname")[0])
+        self.expect(KEEP_ALIVE_TIMEOUT)
+        if len(self._service.connections) >= self._service.limit:
+            problem = Problem(503, "too many connections", close=True)
+            transport.write(problem_response(problem).encode(None))
+            return self._close()
+        self._service.connections.add(self)
+        if self._service.settings.auth_key is None:
+            self.other_user = other_user(
+                transport.get_extra_info("sockname"), transport.get_extra_info("peername")
+            )
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        if self._parting:
+            return
+        if self.websocket is not None:
+            self.websocket.feed(data)
+        else:
+            self._parser.feed(data)
+            if self._task is None:
+                self._advance()
+            elif self._parser.buffered > READ_SIZE:
+                self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        """The client sends no more; it may still read (True keeps the connection open for that)."""
+        self._ended = True
+        self._parser.eof()
+        if self.websocket is not None:
+            self.websocket.end()
+        elif self._task is None and not self._parting:
+            self._advance()
+        elif self._handling is not None:
+            self.expect(HALF_CLOSED)
+        return not self._parting
+
+    def connection_lost(self, error: Optional[Exception]) -> None:
+        """The end, whoever caused it."""
+        service, liveness = self._service, self._service.liveness
+        service.connections.discard(self)
+        self._lost = True
+        self._count_body(0)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.websocket is not None:
+            self.websocket.end()
+        elif self._task is not None and (self._handling is None or self._cancellable()):
+            self._task.cancel()
+        if self._closed_by_us or service.draining or self._made_one_request():
+            liveness.forget(self)
+        else:
+            liveness.closed(self)
+
+    def pause_writing(self) -> None:
+        """More waits for the client than should."""
+        self._room = self._service.loop.create_future()
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        self._room = None
+        if self.websocket is not None:
+            self.websocket.room()
+        else:
+            self.expect(WRITE_TIMEOUT)
+
+    # -- requests
+
+    def _advance(self) -> None:
+        """Answers what has come, in order, until more bytes or more time are needed."""
+        for _ in range(REQUESTS_IN_ROW):
+            if self._task is not None or self.is_over:
+                return
+            try:
+                request = self._parser.next()
+                self._count_body(self._parser.held if request is None else len(request.body))
+            except Problem as problem:
+                return self._close() if self._ended else self._refuse(problem)
+            if request is None:
+                return self._await_bytes()
+            self._answer(request)
+        self._service.loop.call_soon(self._advance)  # others have their turn
+
+    def _await_bytes(self) -> None:
+        """Sets the deadline by what is awaited; a head has one for the whole of it."""
+        parser = self._parser
+        if self._ended or parser.done:
+            return self._close()
+        if parser.wants_continue and parser.pending is not None:
+            parser.wants_continue = False
+            try:
+                self._service.admit(parser.pending, self)
+            except Problem as problem:
+                return self._refuse(problem)
+            self._transport.write(CONTINUE)
+        phase = parser.phase
+        if phase == "body":
+            self.expect(BODY_TIMEOUT)
+        elif phase == "idle":
+            self.expect(KEEP_ALIVE_TIMEOUT)
+        elif self._deadline > time.monotonic() + HEADER_TIMEOUT:
+            self.expect(HEADER_TIMEOUT)
+
+    def _count_body(self, size: int) -> None:
+        """Counts the bytes of bodies that are here and not answered; Problem 503 beyond what all may have."""
+        service = self._service
+        service.bodies += size - self._held
+        self._held = size
+        if size > SMALL_BODY and service.bodies > MAX_BODIES:
+            raise Problem(
+                503, "too many large requests at once", close=True, headers={"Retry-After": "1"}
+            )
+
+    def _answer(self, request: Request) -> None:
+        """Calls the handler."""
+        service = self._service
+        request.connection = self
+        # What the daemon is asked about itself is no use of it.
+        self.working = not request.path.startswith(CONTROL_PREFIX)
+        self.expect(WRITE_TIMEOUT)
+        extra: Headers = ()
+        began = time.perf_counter()
+        try:
+            extra = service.admit(request, self)
+            result = service.router.dispatch(request)
+        except Exception as error:
+            result = service.failure(request, error)
+        if isinstance(result, Response) and result.is_short and self._room is None:
+            data, result = self._encode(request, result, extra)
+            self._transport.write(data)
+            self._answered(request, self._keeps(request, result), result.status, began)
+        else:
+            self._task = service.loop.create_task(self._complete(request, result, extra, began))
+
+    async def _complete(self, request: Request, result: Any, extra: Headers, began: float) -> None:
+        """Waits for the handler's answer and sends it as fast as the client reads."""
+        import traceback
+
+        keep, status = False, 0
+        try:
+            if not isinstance(result, (Response, Takeover)):
+                self._handling = request
+                try:
+                    result = await result
+                except Exception as error:
+                    result = self._service.failure(request, error)
+                finally:
+                    self._handling = None
+            if isinstance(result, Takeover):
+                try:
+                    headers = websocket_handshake(request)
+                except Problem as problem:
+                    result = problem_response(problem)
+                else:
+                    return await self._serve_websocket(request, result, [*headers, *extra])
+            status = result.status
+            keep = await self._send(request, result, extra)
+        except Exception:  # the answer has begun: it can only be cut off
+            self._service.log(f"{request.method} {request.path}\n{traceback.format_exc()}")
+            self.abort()
+        finally:
+            self._task = None
+            self._answered(request, keep, status, began)
+            if not self.is_over:
+                self._transport.resume_reading()
+                self._service.loop.call_soon(self._advance)
+
+    def _encode(
+        self, request: Request, response: Response, extra: Headers
+    ) -> Tuple[bytes, Response]:
+        """The answer as bytes, if it is short, else its head; and the answer, or what had to take its place."""
+        close = self._service.draining
+        try:
+            return response.encode(request, close=close, extra=extra), response
+        except ValueError as error:  # a header that would break the framing
+            self._service.log(f"{request.method} {request.path}: {error}")
+            problem = Problem(500, "the answer cannot be sent; see `mflocal logs`")
+            response = problem_response(problem)
+            return response.encode(request, close=close), response
+
+    def _keeps(self, request: Request, response: Response) -> bool:
+        return response.keeps_alive(request) and not self._service.draining
+
+    async def _send(self, request: Request, response: Response, extra: Headers) -> bool:
+        """Sends an answer piece by piece; False when the connection must end with it."""
+        service = self._service
+        asked, cost = response, response.cost
+        if cost and service.unsent + cost > MAX_UNSENT:
+            problem = Problem(
+                503,
+                "too many long answers wait for clients that do not read",
+                headers={"Retry-After": "1"},
+            )
+            response, cost = problem_response(problem), 0
+        service.unsent += cost
+        try:
+            if self._lost:
+                return False
+            head, response = self._encode(request, response, extra)
+            self._transport.write(head)
+            if not response.is_short and request.method != "HEAD":
+                async for piece in response.pieces(request):
+                    if self._room is not None:
+                        await self._room
+                    self._transport.write(piece)
+            if self._room is not None:
+                await self._room
+            return self._keeps(request, response)
+        finally:
+            service.unsent -= cost
+            await asked.discard()
+
+    def _answered(self, request: Request, keep: bool, status: int, began: float) -> None:
+        self.working = False
+        self._count_body(0)
+        self._answers += 1
+        if self._answers == 1:
+            self._first_answer = time.monotonic()
+        service = self._service
+        if service.settings.debug:
+            took = (time.perf_counter() - began) * 1e3
+            service.log(f"{request.method} {request.path} {status} {took:.1f} ms")
+        if not keep:
+            self._close(linger=self.websocket is not None)
+
+    async def _serve_websocket(
+        self, request: Request, takeover: Takeover, headers: List[Tuple[str, str]]
+    ) -> None:
+        self.websocket = websocket = WebSocket(self, self._transport, self._service, request)
+        self._transport.write(switching_protocols(headers))
+        websocket.feed(self._parser.rest())
+        try:
+            await takeover.run(websocket)
+        finally:
+            websocket.close(1000)
+            self._service.touch()
+
+    # -- deadlines and ends
+
+    def expect(self, seconds: float) -> None:
+        """Sets the deadline. A timer that is set already is left alone if it comes earlier."""
+        self._deadline = time.monotonic() + seconds
+        if self._lost:
+            return
+        if self._timer is None or self._timer.when() > self._deadline:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._service.loop.call_at(self._deadline, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        left = self._deadline - time.monotonic()
+        if left > 0:
+            self.expect(left)
+        elif self.websocket is not None and not self._parting:
+            self.websocket.on_silence()
+        else:
+            self._on_deadline()
+
+    def _on_deadline(self) -> None:
+        """Ends what has been waited for too long, unless the client has read something meanwhile."""
+        unsent = self.unsent
+        if unsent and unsent != self._unsent:
+            self._unsent = unsent
+            self.expect(WRITE_TIMEOUT)
+        elif self._parting or unsent:
+            self.abort()
+        elif self._task is not None:
+            if self._ended and self._cancellable():
+                self._task.cancel()
+            else:
+                self.expect(WRITE_TIMEOUT)
+        elif self._parser.phase != "idle":
+            self._refuse(Problem(408, "the request did not arrive in time", close=True))
+        elif self.is_lease or self._service.liveness.speaks(self):
+            self.expect(KEEP_ALIVE_TIMEOUT)
+        else:
+            self._close()
+
+    def _cancellable(self) -> bool:
+        """Whether a handler is at work that only reads: what writes is never left half done."""
+        return self._handling is not None and self._handling.method in SAFE_METHODS
+
+    def _refuse(self, problem: Problem) -> None:
+        """The last answer to a client that may still be sending."""
+        self._parser.rest()
+        self._count_body(0)
+        self._transport.write(problem_response(problem).encode(None))
+        self._close(linger=True)
+
+    def _close(self, linger: bool = False) -> None:
+        """Ends the connection once all is sent.
+
+        To close while the client still sends is a reset, which would overtake the answer that says why:
+        with `linger`, what it sends is dropped for a while.
+        """
+        self._closed_by_us = self._closed_by_us or not self._ended
+        self._parting = True
+        if linger and not self._ended and not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._transport.write_eof()
+            self.expect(LINGER_TIMEOUT)
+        else:
+            self._transport.close()
+            self.expect(WRITE_TIMEOUT)
 
     def abort(self) -> None:
         """Ends the connection at once, by our own decision."""
-        self.ours = True
-        self.writer.transport.abort()
+        self._closed_by_us = True
+        self._parting = True
+        self._transport.abort()
+
+    def drain(self) -> None:
+        """Ends the connection as soon as what has begun is done."""
+        self._closed_by_us = True
+        if self._parting:
+            return
+        if self.websocket is not None:
+            self.websocket.close(1001, "the service stops")
+        elif self._task is None and not self._parser.in_message:
+            self._close()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self._parting or bool(self._transport.is_closing())
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that were written and wait for the client."""
+        return int(self._transport.get_write_buffer_size())
+
+    def _made_one_request(self) -> bool:
+        """Whether the client made one request and left, as clients do that keep no connections (curl)."""
+        cut_off = self._parser.cut_off or self._parser.in_message
+        recent = time.monotonic() - self._first_answer < ONE_SHOT
+        return self._answers == 1 and recent and not cut_off
 
 
 class WebSocket:
-    """An open WebSocket as sections 12 and 13 use it."""
+    """An open WebSocket, as the handlers of the UI use it."""
 
     def __init__(
-        self, connection: Connection, request: Request, waiting: Callable[[], int]
+        self, connection: Connection, transport: Any, service: Service, request: Request
     ) -> None:
-        """`waiting` tells how many bytes wait for slow clients on all connections together."""
         self.request = request
         self._connection = connection
-        self._waiting_in_all = waiting
+        self._transport = transport
+        self._service = service
         self._protocol = WebSocketProtocol()
-        self._waiting: List[str] = []
-        self._next_ping = time.monotonic() + WS_PING_INTERVAL
+        self._texts: collections.deque[str] = collections.deque()
+        self._waiter: Optional[asyncio.Future[None]] = None  # of receive()
+        self._over = False  # nothing more will come
+        self._pong: Optional[bytes] = None  # payload of a ping that is answered when there is room
         self._pinged = False
-        self._unread = 0  # bytes that waited for the client when it was last looked at
+        self._unsent = 0  # bytes that waited for the client when it was last looked at
+        connection.expect(WS_PING_INTERVAL)
 
     async def receive(self) -> Optional[str]:
         """The next text message, None when the socket is closed."""
-        while not self._waiting:
-            if self._protocol.state == "closed":
+        while not self._texts:
+            if self._over:
                 return None
-            data = await self._connection.reader.read(READ_SIZE)
-            if not data or not await self._take(data):
-                return self._waiting.pop(0) if self._waiting else None
-        return self._waiting.pop(0)
+            self._transport.resume_reading()
+            self._waiter = self._service.loop.create_future()
+            await self._waiter
+        return self._texts.popleft()
 
-    async def _take(self, data: bytes) -> bool:
+    def feed(self, data: bytes) -> None:
+        """Takes what the client has sent."""
+        if not data or self._over:
+            return
         self._pinged = False
-        self._next_ping = time.monotonic() + WS_PING_INTERVAL
-        writer = self._connection.writer
+        self._connection.expect(WS_PING_INTERVAL)
         for event in self._protocol.feed(data):
             if isinstance(event, Text):
-                self._waiting.append(event.data)
+                self._texts.append(event.data)
             elif isinstance(event, Ping):
-                writer.write(self._protocol.pong(event.payload))
+                self._pong = event.payload
             elif isinstance(event, Close):
-                writer.write(self._protocol.close(event.code, event.reason))
-                return False
-        await writer.drain()
-        return True
+                self._transport.write(self._protocol.close(event.code, event.reason))
+                self._over = True
+        if self._connection.unsent <= SEND_SIZE:
+            self.room()
+        if self._texts and not self._over:
+            self._transport.pause_reading()  # until the handler has taken them
+        self._wake()
+
+    def room(self) -> None:
+        """The client has read: the newest of its pings is answered (RFC 6455, 5.5.3)."""
+        if self._pong is not None and not self._connection.is_over:
+            self._transport.write(self._protocol.pong(self._pong))
+        self._pong = None
+
+    def end(self) -> None:
+        """The client sends no more."""
+        self._over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def send_text(self, text: Union[str, bytes]) -> bool:
-        """Queues a message without waiting; False when the client is gone or too slow, and then it is dropped."""
-        writer = self._connection.writer
-        if writer.transport.is_closing():
+        """Queues a message without waiting; False when the client is gone, or too slow and therefore dropped."""
+        if self._connection.is_over:
             return False
-        writer.write(self._protocol.send_text(text))
-        size = writer.transport.get_write_buffer_size()
+        self._transport.write(self._protocol.send_text(text))
+        size = self._connection.unsent
         if size > WS_MAX_QUEUE or (
-            size > WS_SMALL_QUEUE and self._waiting_in_all() > WS_ALL_QUEUES
+            size > WS_SMALL_QUEUE and self._service.bytes_waiting() > WS_ALL_QUEUES
         ):
             self._connection.abort()
             return False
@@ -11204,22 +11706,19 @@ class WebSocket:
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Begins or answers the closing handshake."""
-        if not self._connection.writer.transport.is_closing():
-            self._connection.writer.write(self._protocol.close(code, reason))
+        if not self._connection.is_over:
+            self._transport.write(self._protocol.close(code, reason))
 
-    def tick(self, now: float) -> None:
-        """Pings a silent client and drops one that neither answers nor reads: pings wait behind what it has to read."""
-        if now < self._next_ping:
-            return
-        transport = self._connection.writer.transport
-        if self._pinged and transport.get_write_buffer_size() >= self._unread:
-            self._connection.abort()
-            return
+    def on_silence(self) -> None:
+        """Pings a silent client; drops one that neither answers nor reads (pings wait behind what it has to read)."""
+        unsent = self._connection.unsent
+        if self._pinged and unsent >= self._unsent:
+            return self._connection.abort()
         if not self._pinged:
-            self._connection.writer.write(self._protocol.ping(b""))
+            self._transport.write(self._protocol.ping(b""))
             self._pinged = True
-        self._unread = transport.get_write_buffer_size()
-        self._next_ping = now + WS_PING_TIMEOUT
+        self._unsent = self._connection.unsent
+        self._connection.expect(WS_PING_TIMEOUT)
 
 
 class Bundle:
@@ -11354,11 +11853,13 @@ class Service:
         self.router.fallback = self._static
         self.connections: Set[Connection] = set()
         self.draining = False
+        self.limit = MAX_CONNECTIONS
+        self.bodies = 0  # bytes of request bodies that are here and not answered
+        self.unsent = 0  # bytes of long answers that are being sent
+        self.loop: Any = None
         self._stopped: Optional[asyncio.Event] = None
         self._hurry = False
         self._used = time.monotonic()
-        self._limit = MAX_CONNECTIONS
-        self._host = settings.host
 
     # -- life
 
@@ -11366,20 +11867,24 @@ class Service:
         """Serves on a bound socket until `stop`, then drains (at most DRAIN_TIMEOUT s) and returns."""
         import asyncio
 
+        self.loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        self._limit = _connection_limit()
-        self._host = sock.getsockname()[0]
-        # Here `backlog` also is how many connections are accepted at one go, before the cap is looked at.
-        server = await asyncio.start_server(self._client, sock=sock, backlog=8, limit=READ_SIZE)
+        self.limit = _connection_limit()
+        # Here `backlog` is how many connections are accepted at one go.
+        server = await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=8)
         sock.listen(BACKLOG)
-        sweeper = asyncio.ensure_future(self._sweep())
+        tasks = [
+            self.loop.create_task(repeat(SIGNS_INTERVAL, self.liveness.tick, self.log)),
+            self.loop.create_task(repeat(TASKS_REST, self._trim, self.log)),
+        ]
         ready()
         try:
             await self._stopped.wait()
         finally:
             server.close()
             await self._drain()
-            sweeper.cancel()
+            for task in tasks:
+                task.cancel()
             self.store.flush_signs()
             self.store.discard_blanks()
 
@@ -11398,60 +11903,17 @@ class Service:
         self.liveness.tick()
         self.subscriptions.stop()
         for connection in list(self.connections):
-            connection.ours = True
-            if connection.socket is not None:
-                connection.socket.close(1001, "the service stops")
-            elif not connection.working and not connection.parser.in_message:
-                connection.writer.close()
+            connection.drain()
         while self.connections and not self._hurry and time.monotonic() < until:
-            if all(c.socket is not None for c in self.connections):
+            if all(connection.websocket is not None for connection in self.connections):
                 until = min(until, time.monotonic() + 1.0)
             await asyncio.sleep(0.02)
         for connection in list(self.connections):
             connection.abort()
         await asyncio.sleep(0)
 
-    async def _sweep(self) -> None:
-        """Once a second: deadlines of all connections, pings, and the heartbeats of what speaks."""
-        import asyncio
-
-        beats, trims = time.monotonic() + SIGNS_INTERVAL, time.monotonic() + TASKS_REST
-        while True:
-            await asyncio.sleep(1.0)
-            now = time.monotonic()
-            for connection in list(self.connections):
-                if connection.parting:
-                    if now > connection.deadline:
-                        connection.writer.transport.abort()
-                elif connection.socket is not None:
-                    connection.socket.tick(now)
-                elif now > connection.deadline:
-                    self._expired(connection, now)
-            if now >= beats:
-                self.liveness.tick()
-                beats = now + SIGNS_INTERVAL
-            if now >= trims:
-                self.store.trim(self.liveness.runs() | self.subscriptions.runs() | self.ui.runs())
-                trims = now + TASKS_REST
-
-    def _expired(self, connection: Connection, now: float) -> None:
-        waiting = connection.writer.transport.get_write_buffer_size()
-        if connection.working or waiting:
-            if not waiting or waiting != connection.written:
-                connection.written = waiting
-                connection.deadline = now + WRITE_TIMEOUT
-                return
-        elif connection.parser.phase == "idle":
-            if connection.kept or self.liveness.speaks(connection):
-                connection.deadline = now + KEEP_ALIVE_TIMEOUT
-                return
-        else:
-            problem = Problem(408, "the request did not arrive in time", close=True)
-            connection.writer.write(problem_response(problem).encode(None))
-        connection.ours = True
-        connection.writer.close()
-        if connection.writer.transport.get_write_buffer_size():
-            connection.abort()
+    def _trim(self) -> None:
+        self.store.trim(self.liveness.runs() | self.subscriptions.runs() | self.ui.runs())
 
     # -- idleness
 
@@ -11464,14 +11926,17 @@ class Service:
         timeout = self.settings.idle_timeout
         if not timeout:
             return None
-        if self.liveness.busy() or any(c.socket is not None or c.working for c in self.connections):
+        if self.liveness.busy() or any(
+            connection.websocket is not None or connection.working
+            for connection in self.connections
+        ):
             self.touch()
             return None
         return max(0.0, self._used + timeout - time.monotonic())
 
     def hold_lease(self, connection: Any, lease: str) -> None:
         """A wrapper says that it lives as long as this connection."""
-        connection.kept = True
+        connection.is_lease = True
         self.liveness.hold_lease(connection, lease)
 
     def end_lease(self, lease: str) -> None:
@@ -11490,201 +11955,19 @@ class Service:
             for run, how in self.liveness.active_runs(int(self.settings.run_cutoff))
         ]
 
-    # -- one connection
+    # -- what every connection asks
 
-    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        import traceback
-
-        connection = Connection(reader, writer)
-        if len(self.connections) >= self._limit:
-            writer.write(
-                problem_response(Problem(503, "too many connections", close=True)).encode(None)
-            )
-            writer.close()
-            return
-        self.connections.add(connection)
-        try:
-            await self._requests(connection)
-        except (ConnectionError, TimeoutError):
-            pass
-        except Exception:
-            self.log(traceback.format_exc())
-        finally:
-            if connection.ours or self.draining or connection.one_shot():
-                self.liveness.forget(connection)
-            else:
-                self.liveness.closed(connection)
-            try:
-                await self._part(connection)
-            finally:
-                self.connections.discard(connection)
-
-    async def _part(self, connection: Connection) -> None:
-        """Closes a connection; until all is sent it counts, and the sweeper's deadline ends it.
-
-        To close while the client still sends is a reset, which would overtake the answer that says why: what
-        it sends is dropped for a while.
-        """
-        reader, writer = connection.reader, connection.writer
-        connection.deadline = time.monotonic() + WRITE_TIMEOUT
-        connection.parting = True
-        try:
-            if connection.parser.cut_off and not self.draining and writer.can_write_eof():
-                writer.write_eof()
-                connection.deadline = time.monotonic() + LINGER_TIMEOUT
-                while await reader.read(READ_SIZE):
-                    pass
-            writer.close()
-            await writer.wait_closed()
-        except (OSError, RuntimeError):
-            writer.transport.abort()
-
-    async def _requests(self, connection: Connection) -> None:
-        """Reads and answers requests in order until the connection ends."""
-        from asyncio import sleep
-
-        parser, reader, writer = connection.parser, connection.reader, connection.writer
-        in_row = 0
-        while True:
-            try:
-                request = parser.next()
-            except Problem as problem:
-                connection.ours = True
-                writer.write(problem_response(problem).encode(None))
-                await self._let_read(connection)
-                return
-            if request is None:
-                if parser.done:
-                    return
-                if parser.wants_continue and parser.pending is not None:
-                    parser.wants_continue = False
-                    if not await self._invited(connection, parser.pending):
-                        return
-                self._expect(connection)
-                data = await reader.read(READ_SIZE)
-                if not data:
-                    parser.eof()
-                    if not parser.in_message:
-                        return
-                parser.feed(data)
-                in_row = 0
-                continue
-            request.connection = connection
-            if not await self._answer(connection, request):
-                return
-            in_row += 1
-            if in_row % 16 == 0:
-                await sleep(0)
-
-    async def _invited(self, connection: Connection, request: Request) -> bool:
-        """Answers `Expect: 100-continue`: with 100, or at once with what the request would be refused for."""
-        try:
-            self._admit(request)
-        except Problem as problem:
-            connection.ours = True
-            connection.writer.write(problem_response(problem).encode(None))
-            await self._let_read(connection)
-            return False
-        connection.writer.write(CONTINUE)
-        return True
-
-    def _expect(self, connection: Connection) -> None:
-        """Sets the deadline for the next bytes, by what is awaited; a header block has one for the whole of it."""
-        phase, now = connection.parser.phase, time.monotonic()
-        if phase == "body":
-            connection.deadline = now + BODY_TIMEOUT
-        elif phase == "idle":
-            connection.deadline = now + KEEP_ALIVE_TIMEOUT
-        elif connection.deadline > now + HEADER_TIMEOUT:
-            connection.deadline = now + HEADER_TIMEOUT
-
-    async def _answer(self, connection: Connection, request: Request) -> bool:
-        """Answers one request; False when the connection is over."""
-        import traceback
-
-        # What the daemon is asked about itself is no use of it.
-        connection.working = not request.path.startswith(CONTROL_PREFIX)
-        connection.deadline = time.monotonic() + WRITE_TIMEOUT
-        began = time.perf_counter() if self.settings.debug else 0.0
-        close = False
-        extra: Headers = ()
-        try:
-            try:
-                extra = self._admit(request)
-                result = self.router.dispatch(request)
-                if not isinstance(result, (Response, Takeover)):
-                    result = await result
-                if isinstance(result, Takeover):
-                    await self._take_over(connection, request, result, extra)
-                    return False
-            except Problem as problem:
-                if connection.socket is not None:  # HTTP is over on this connection
-                    return False
-                close = close or problem.close
-                result = problem_response(problem)
-            except (ConnectionError, TimeoutError):
-                raise  # the client left
-            except Exception:
-                self.log(f"{request.method} {request.path} failed\n{traceback.format_exc()}")
-                if connection.socket is not None:
-                    return False
-                result = problem_response(
-                    Problem(500, "the service failed on this request; see `mflocal logs`")
-                )
-            close = close or self.draining
-            keep = result.keeps_alive(request) and not close
-            connection.ours = not keep
-            try:
-                data = result.encode(request, close=close, extra=extra)
-            except ValueError as error:  # a header that would have broken the framing
-                self.log(f"{request.method} {request.path}: {error}")
-                result = problem_response(
-                    Problem(500, "the answer cannot be sent; see `mflocal logs`")
-                )
-                data = result.encode(request, close=close)
-            connection.writer.write(data)
-            self.store.prepare()  # the client has the answer to digest first
-            if result.stream is not None and request.method != "HEAD":
-                await self._stream(connection, request, result)
-            if self.settings.debug:
-                self.log(
-                    f"{request.method} {request.path} {result.status} {(time.perf_counter() - began) * 1e3:.1f} ms"
-                )
-            if connection.writer.transport.get_write_buffer_size() > 65536 or not keep:
-                await self._let_read(connection)
-            return keep
-        finally:
-            connection.working = False
-            connection.answers += 1
-            if connection.answers == 1:
-                connection.answered = time.monotonic()
-
-    async def _let_read(self, connection: Connection) -> None:
-        connection.deadline = time.monotonic() + WRITE_TIMEOUT
-        await connection.writer.drain()
-
-    async def _stream(self, connection: Connection, request: Request, response: Response) -> None:
-        if response.stream is None:
-            return
-        async for piece in response.stream:
-            if piece:
-                connection.writer.write(piece if request.http10 else encode_chunk(piece))
-                await self._let_read(connection)
-        if not request.http10:
-            connection.writer.write(LAST_CHUNK)
-
-    def _admit(self, request: Request) -> Headers:
-        """Host, origin and key; returns the headers that every answer to this asker has. Raises Problem."""
+    def admit(self, request: Request, connection: Connection) -> Headers:
+        """Whether the client may ask this (Problem if not); the headers that every answer to it has."""
         settings = self.settings
-        control = request.path.startswith(CONTROL_PREFIX)
+        control = request.path.startswith(CONTROL_PREFIX)  # asks for the daemon's own secret
         headers = admit(
             request,
-            allowed_hosts=settings.allowed_hosts,
+            allowed_hosts=(*settings.allowed_hosts, settings.host),
             allowed_origins=settings.allowed_origins,
-            bound_host=self._host,
-            auth_key=None
-            if control
-            else settings.auth_key,  # the control routes ask for the daemon's own secret
+            bound_host=connection.address,
+            auth_key=None if control else settings.auth_key,
+            other_user=None if control else connection.other_user,
         )
         if self.draining:
             raise Problem(503, "the service is stopping", close=True, headers={"Retry-After": "1"})
@@ -11692,28 +11975,21 @@ class Service:
             self._used = time.monotonic()
         return headers
 
-    # -- WebSockets
+    def failure(self, request: Request, error: Exception) -> Response:
+        """The answer for what a handler raised; what is no Problem is a bug, and is logged."""
+        import traceback
+
+        if isinstance(error, Problem):
+            return problem_response(error)
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self.log(f"{request.method} {request.path} failed\n{text}")
+        return problem_response(
+            Problem(500, "the service failed on this request; see `mflocal logs`")
+        )
 
     def bytes_waiting(self) -> int:
         """Bytes written to connections that their clients have not taken yet."""
-        return sum(
-            connection.writer.transport.get_write_buffer_size() for connection in self.connections
-        )
-
-    async def _take_over(
-        self, connection: Connection, request: Request, takeover: Takeover, extra: Headers
-    ) -> None:
-        headers = websocket_handshake(request)
-        connection.socket = websocket = WebSocket(connection, request, self.bytes_waiting)
-        connection.writer.write(switching_protocols(headers + list(extra)))
-        rest = connection.parser.rest()
-        try:
-            if not rest or await websocket._take(rest):
-                await takeover.run(websocket)
-        finally:
-            websocket.close(1000)
-            connection.ours = True
-            self.touch()
+        return sum(connection.unsent for connection in self.connections)
 
     async def _ui_socket(self, websocket: WebSocket) -> None:
         await ui_socket(self.subscriptions, websocket)
@@ -11721,14 +11997,25 @@ class Service:
     async def _search_socket(self, websocket: WebSocket) -> None:
         await search_socket(self.store, self.liveness, self.settings, websocket)
 
-    # -- the UI's files
-
     def _static(self, request: Request) -> Response:
         if self.bundle is None:
             raise Problem(
                 404, f"there is nothing at {request.path}; `mflocal ui` serves the UI here"
             )
         return self.bundle.answer(request)
+
+
+async def repeat(seconds: float, action: Callable[[], Any], log: Callable[[str], None]) -> None:
+    """Calls `action` every so many seconds; one that fails is logged, and the next comes all the same."""
+    import asyncio
+    import traceback
+
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            action()
+        except Exception:
+            log(traceback.format_exc())
 
 
 def _connection_limit() -> int:

@@ -1715,6 +1715,82 @@ def test_a_neighbour_reaches_no_state(open_root: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("key", ["", "secret-key"])
+def test_another_user_is_refused_without_the_key(open_root: Path, key: str) -> None:
+    """Reads, writes, WebSockets; nothing of it reaches the disk. Who has the key is let in; our own user needs none."""
+    env = clean_env(**({"METAFLOW_LOCAL_SERVICE_AUTH_KEY": key} if key else {}))
+    with Served(open_root, env=env) as served:
+        headers = {"x-api-key": key} if key else {}
+        assert served.client("POST", "/flows/Ours", {}, headers).status == 200
+
+        def ask(headers: dict[str, str]) -> list[Any]:
+            got = [
+                served.client("GET", path, headers=headers)
+                for path in ("/flows", "/api/flows", "/")
+            ]
+            got.append(served.client("POST", "/flows/Theirs", {}, headers))
+            got.append(served.client("PATCH", "/flows/Ours/runs/1/tag/mutate", {}, headers))
+            sent = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
+            asked = b"GET /api/ws HTTP/1.1\r\n" + HOST + sent + UPGRADE + b"\r\n"
+            with served.connect() as sock:
+                sock.sendall(asked)
+                upgrade = sock.recv(12)
+            return [
+                *[answer.status for answer in got],
+                int(upgrade[9:]),
+                *[str(answer.body) for answer in got[:1]],
+            ]
+
+        word, refusal = as_nobody(lambda: ask({}))
+        assert word == "ok" and refusal[:6] == [401 if key else 403] * 6, refusal
+        if not key:
+            assert "AUTH_KEY" in refusal[6] and "mflocal env" in refusal[6]
+        assert as_nobody(lambda: served.client("GET", "/ping").status) == ["ok", 200]
+
+        def leave(count: int) -> bool:
+            """Whoever leaves at once belongs to nobody any more, and must not pass for root."""
+            for number in range(count):
+                with served.connect() as sock:
+                    sock.sendall(
+                        b"POST /flows/Left%d HTTP/1.1\r\n" % number
+                        + HOST
+                        + b"Content-Length: 2\r\n\r\n{}"
+                    )
+            return True
+
+        assert as_nobody(lambda: leave(50)) == ["ok", True]
+        assert served.client("GET", "/flows", headers=headers).status == 200  # has seen them all
+        assert sorted(path.name for path in served.metaflow.iterdir()) == [".mflocal", "Ours"]
+        if key:
+            word, welcome = as_nobody(lambda: ask(headers))
+            assert word == "ok" and welcome[:6] == [200, 200, 404, 200, 404, 101], welcome
+
+
+def test_the_tables_of_sockets_agree() -> None:
+    """By netlink, and where there is none by /proc/net/tcp."""
+    if not os.path.exists("/proc/net/tcp"):
+        pytest.skip("this system does not tell whose a connection is")
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with socket.socket(family) as listener:
+            try:
+                listener.bind((host, 0))
+            except OSError:
+                continue  # no IPv6 here
+            listener.listen()
+            with socket.create_connection(listener.getsockname()[:2]) as client:
+                with listener.accept()[0] as server:
+                    near, far = client.getsockname(), server.getsockname()
+                    ends = [(socket.inet_pton(family, end[0]), end[1]) for end in (near, far)]
+                    by_table = module._socket_owner_in_table(family, ends)
+                    assert by_table == module._socket_owner(near, far)
+                    assert by_table is not None and by_table[0] == os.geteuid()
+                    assert by_table[1] == os.fstat(client.fileno()).st_ino
+                    assert module.other_user(far, near) is None
+                    client.close()
+                    assert module.other_user(far, near) == -1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_what_a_neighbour_plants_is_not_followed(open_root: Path) -> None:
     """In a .metaflow that others may write to, before our start: a state directory of theirs, links in place of flows."""
     victim = open_root.parent / "victim"

@@ -995,6 +995,53 @@ def test_a_connection_that_the_service_closes_proves_nothing(bare: Bare) -> None
     assert bare.now.task() == "running"
 
 
+# A worker that has begun its second attempt on one connection, and there goes as far as the bytes in argv[2].
+_WORKER = """
+import json, socket, sys, time
+port, rest, task = int(sys.argv[1]), bytes.fromhex(sys.argv[2]), sys.argv[3]
+row = {"field_name": "attempt", "value": "1", "type": "attempt", "user_name": "u", "tags": ["attempt_id:1"]}
+body = json.dumps([row]).encode()
+sock = socket.create_connection(("127.0.0.1", port))
+for path in ("/ping", None):
+    head = "GET /ping" if path else "POST %s/metadata" % task
+    data = b"" if path else body
+    sock.sendall(("%s HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: %d\\r\\n\\r\\n" % (head, len(data))).encode() + data)
+    assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+sock.sendall(rest)
+print("there", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "",
+        "POST /x HT",
+        "POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n[{",
+        "POST /x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n[{",
+        "GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ],
+    ids=["between", "head", "body", "chunk", "answer"],
+)
+def test_a_worker_is_killed_wherever_it_is_in_a_request(bare: Bare, rest: str) -> None:
+    """Every end that the client causes is the client's: the attempt has failed, at once."""
+    large = [{"field_name": "big", "value": "x" * 4_000_000}]
+    bare.client.post(f"{bare.name}/metadata", large)
+    data = rest.replace("/large", f"{bare.name}/metadata").encode().hex()
+    port = bare.client.url.rpartition(":")[2]
+    worker = subprocess.Popen(
+        [sys.executable, "-c", _WORKER, port, data, bare.name], stdout=subprocess.PIPE
+    )
+    assert worker.stdout is not None and worker.stdout.readline() == b"there\n"
+    wait_for(lambda: bare.now.task(attempt=1) == "running")
+    worker.kill()
+    worker.wait()
+    worker.stdout.close()
+    soon(bare.client, bare.pathspec, lambda s: s.task(attempt=1) == "failed", time.monotonic())
+
+
 def test_the_heartbeat_follows_the_connection(bare: Bare) -> None:
     path = bare.name
     first = bare.client.get(path)["last_heartbeat_ts"]
