@@ -49,7 +49,7 @@ class Client:
             self.url + path, data=data, method=method, headers=headers or {}
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
+            with urllib.request.urlopen(request, timeout=60) as response:
                 return _answer(response.status, response.read(), response.headers)
         except urllib.error.HTTPError as error:
             return _answer(error.code, error.read(), error.headers)
@@ -127,7 +127,7 @@ def make_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         )  # fmt: skip
         started.append(process)
         state = root / ".metaflow" / ".mflocal" / "daemon.json"
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while time.monotonic() < until and process.poll() is None:
             try:
                 told = json.loads(state.read_text())

@@ -168,7 +168,7 @@ def test_kill_9_under_load(root: Path) -> None:
         finally:
             served.kill()
         for writer in writers:
-            writer.join(20)
+            writer.join(60)
             assert not writer.is_alive() and not writer.trouble, writer.trouble
         said = [row for writer in writers for row in writer.said]
         total += len(said)
@@ -194,7 +194,7 @@ def test_readers_after_a_kill_see_what_was_told(root: Path) -> None:
         time.sleep(0.5)
     finally:
         served.kill()
-    writer.join(20)
+    writer.join(60)
     with Served(root) as served:
         for path, body, answer in writer.said:
             if path.endswith("/metadata"):
@@ -345,9 +345,10 @@ def check_refused(served: Served, task: str, status: int, word: str) -> None:
         assert answer.body["id"] == ("no-space" if status == 507 else "disk-error")
     run = task.rpartition("/steps")[0]
     for path in (task, run):
+        asked = time.time()
         answer = served.client("POST", f"{path}/heartbeat", {})
         assert answer.status == 200 and isinstance(answer.body, str)
-        assert abs(served.client.get(path)["last_heartbeat_ts"] - time.time()) < 5
+        assert int(asked) <= served.client.get(path)["last_heartbeat_ts"] <= time.time()
     assert [row["flow_id"] for row in served.client.get("/flows")] == ["F"]
     assert len(served.client.get("/flows/F/runs")) == 1
     assert served.client.get(f"{task}/metadata") == []
@@ -559,16 +560,14 @@ def test_the_clock_jumps(root: Path, tmp_path: Path) -> None:
 
         post("/flows/F", {})
         runs = [post("/flows/F/run", BODY)["run_number"]]
+        first = f"/flows/F/runs/{runs[0]}"
         for seconds in (86_400, -86_400):
             shift.write_text(str(seconds))
-            time.sleep(1.5)
-            assert (
-                abs(
-                    served.client.get(f"/flows/F/runs/{runs[0]}")["last_heartbeat_ts"]
-                    - time.time()
-                    - seconds
+            moved = int(time.time()) + seconds
+            wait_for(
+                lambda moved=moved: (
+                    moved <= served.client.get(first)["last_heartbeat_ts"] <= moved + 3600
                 )
-                < 5
             )
             runs += [post("/flows/F/run", BODY)["run_number"] for _ in range(3)]
             rows = served.client.get("/flows/F/runs?status=running")
@@ -608,16 +607,17 @@ def test_stopped_for_five_seconds(root: Path) -> None:
         finally:
             os.kill(served.pid, signal.SIGCONT)
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         assert found == [200] * 5
         assert [row["run_number"] for row in served.client.get("/flows/F/runs?status=running")] == [
             run
         ]
-        assert abs(ask("GET", f"/flows/F/runs/{run}")["last_heartbeat_ts"] - time.time()) < 2
+        now = int(time.time())
+        wait_for(lambda: ask("GET", f"/flows/F/runs/{run}")["last_heartbeat_ts"] >= now)
         time.sleep(2.5)  # more than the idle timeout: the connection speaks for the run
         assert served.process.poll() is None
         connection.close()
-        wait_for(lambda: served.process.poll() is not None, 15)
+        wait_for(lambda: served.process.poll() is not None)
 
 
 def test_the_port_is_taken_between_two_starts(project: Path) -> None:

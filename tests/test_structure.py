@@ -166,3 +166,65 @@ def test_the_top_level_has_nothing_else() -> None:
         pytest.skip("not a git checkout")
     tops = {line.partition("/")[0] for line in listed.stdout.splitlines()}
     assert {top for top in tops if not top.startswith(".")} <= allowed
+
+
+CLOCKS = {"monotonic", "perf_counter", "time"}
+GENEROUS = 60  # s: a test may give up after that; anything shorter fails on a busy machine
+
+
+def elapsed(node: ast.AST, names: frozenset[str] = frozenset()) -> bool:
+    """Whether an expression is a time that has passed: `time.monotonic() - began`, or a name for that."""
+    if isinstance(node, ast.Name):
+        return node.id in names
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id in ("abs", "max", "min", "share", "median") and any(
+            elapsed(argument, names) for argument in node.args
+        )
+    return (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Sub)
+        and any(
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Attribute)
+            and call.func.attr in CLOCKS
+            and isinstance(call.func.value, ast.Name)
+            and call.func.value.id == "time"
+            for call in ast.walk(node)
+        )
+    )
+
+
+def short_limits(tree: ast.AST) -> Iterator[int]:
+    """Lines that ask for a time below a number of seconds."""
+    names = frozenset(
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and elapsed(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    )
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Compare):
+            continue
+        sides = [node.left, *node.comparators]
+        for left, operator, right in zip(sides, node.ops, sides[1:]):
+            if isinstance(operator, (ast.Gt, ast.GtE)):
+                left, right = right, left
+            elif not isinstance(operator, (ast.Lt, ast.LtE)):
+                continue
+            if elapsed(left, names) and isinstance(right, ast.Constant):
+                if isinstance(right.value, (int, float)) and right.value < GENEROUS:
+                    yield node.lineno
+
+
+def test_no_test_depends_on_how_fast_the_machine_is() -> None:
+    """What is about speed is compared within the same run, or measured by bench.py."""
+    found = [
+        f"{path.name}:{line}"
+        for path in sorted((REPO / "tests").glob("*.py"))
+        if path.name != "bench.py"
+        for line in short_limits(ast.parse(path.read_text()))
+    ]
+    assert found == []
+    wrong = ast.parse("took = time.monotonic() - began\nassert 1 < took < 2\nassert 5 >= took")
+    assert list(short_limits(wrong)) == [2, 3]

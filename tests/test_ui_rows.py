@@ -336,7 +336,7 @@ def test_running_and_lost_by_connection(tmp_path: Path) -> None:
         root.liveness.closed(connection)
         assert (await root.run_row(run))["status"] == "failed"
         row = (await root.task_rows(task))[0]
-        assert row["status"] == "failed" and abs(row["finished_at"] - time.time() * 1000) < 5000
+        assert row["status"] == "failed" and abs(row["finished_at"] - time.time() * 1000) < 60_000
 
     asyncio.run(body())
 

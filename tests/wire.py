@@ -73,7 +73,7 @@ class Served:
             return told if told.get("state") == "ready" and told.get("pid") == self.pid else None
 
         try:
-            self.state = wait_for(ready, 30)
+            self.state = wait_for(ready)
         except AssertionError:
             self.process.kill()
             self.process.wait()
