@@ -408,7 +408,7 @@ def _key(name: str, text: str) -> str:
 def _hostname(name: str, text: str) -> str:
     host = text.strip().strip("[]").lower()
     plain = host.replace(":", "") if host.count(":") > 1 else host  # an IPv6 address has colons
-    ok = plain and plain.isascii() and all(c.isalnum() or c in "-._" for c in plain)
+    ok = host == "::" or plain and plain.isascii() and all(c.isalnum() or c in "-._" for c in plain)
     if not ok or len(host) > 253:
         raise SettingsError("%s must be a host name or address without port, not %r" % (name, text))
     return host
@@ -7740,56 +7740,52 @@ class WebSocketProtocol:
 
 # ---- 10. Router and access: which handler, and who may ask ----
 
-# A handler returns a Response, an awaitable of one, or what section 14 takes over (a WebSocket).
+# A handler returns a Response, an awaitable of one, or what the server takes over (a WebSocket).
 if TYPE_CHECKING:
     Handler = Callable[[Request], Any]
 Headers = tuple[tuple[str, str], ...]
 
-# Methods that change nothing (RFC 9110, 9.2.1): a mere link causes them, so they are not guarded as writes.
+# Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
-class _Place:
-    """A place in the tree of paths: literal children by text, one child for any text, handlers by method."""
+class _Route:
+    """All handlers of one shape of path, by method, each with the names of its parameters."""
 
-    __slots__ = ("literals", "wild", "handlers")
-
-    def __init__(self) -> None:
-        self.literals: dict[str, _Place] = {}
-        self.wild: _Place | None = None
-        self.handlers: dict[str, tuple[Handler, tuple[str, ...]]] = {}
+    def __init__(self, segments: Sequence[str]) -> None:
+        self.shape = ["{}" if segment[:1] == "{" else segment for segment in segments]
+        parts = ["([^/]+)" if text == "{}" else re.escape(text) for text in self.shape]
+        self.pattern = re.compile("/".join(parts))
+        self.handlers: dict[str, tuple[Handler, list[str]]] = {}
 
 
 class Router:
     """Finds the handler of a request by method and path.
 
-    Paths are matched raw, segment by segment, a literal before a wildcard; what a wildcard took is decoded
-    exactly once into request.params: an encoded slash stays inside its parameter, where the rules for ids
-    refuse it.
-    `fallback` (the static UI) gets the GETs and HEADs that no pattern matches.
+    Paths are matched raw, segment by segment, a literal before a parameter, and what a parameter took is
+    decoded exactly once into request.params: an encoded slash stays inside it, where the rules for ids
+    refuse it. `fallback` (the static UI) gets the GETs and HEADs that no pattern matches.
     """
 
     def __init__(self) -> None:
-        self._root = _Place()
+        self._routes: dict[int, list[_Route]] = {}  # by number of segments, literals first
         self.fallback: Handler | None = None
 
     def add(self, method: str, pattern: str, handler: Handler) -> None:
         """Adds a route, "/flows/{flow}/runs/{run}"; ValueError for a bad pattern or one there already."""
-        if not pattern.startswith("/"):
+        segments = pattern.split("/")
+        names = [segment[1:-1] for segment in segments if segment[:1] == "{"]
+        if segments.pop(0):
             raise ValueError(f"a pattern starts with a slash: {pattern!r}")
-        place = self._root
-        names = []
-        for segment in pattern[1:].split("/"):
-            if segment[:1] == "{" and segment[-1:] == "}":
-                names.append(segment[1:-1])
-                if place.wild is None:
-                    place.wild = _Place()
-                place = place.wild
-            else:
-                place = place.literals.setdefault(segment, _Place())
-        if method in place.handlers or len(set(names)) < len(names):
+        new = _Route(segments)
+        routes = self._routes.setdefault(len(segments), [])
+        route = next((known for known in routes if known.shape == new.shape), new)
+        if route is new:
+            routes.append(new)
+            routes.sort(key=lambda known: [text == "{}" for text in known.shape])
+        if method in route.handlers or len(set(names)) < len(names):
             raise ValueError(f"there twice: {method} {pattern}")
-        place.handlers[method] = (handler, tuple(names))
+        route.handlers[method] = (handler, names)
 
     def resolve(self, request: Request) -> Handler:
         """The handler; sets request.params. HEAD is answered through GET, OPTIONS by naming the methods.
@@ -7799,97 +7795,65 @@ class Router:
         """
         if is_preflight(request):
             return preflight
-        found, allowed = self._find(request.method, request.path)
-        if found is not None:
-            handler, names, taken = found
-            request.params = {name: percent_decode(text) for name, text in zip(names, taken)}
-            return handler
-        if self.fallback is not None and not allowed and request.path.startswith("/"):
-            if request.method in ("GET", "HEAD"):
+        method, path = request.method, request.path
+        allowed: set[str] = set()
+        for route in self._routes.get(path.count("/"), ()):
+            match = route.pattern.fullmatch(path, 1)
+            if match is None:
+                continue
+            handlers = route.handlers
+            found = handlers.get(method) or (handlers.get("GET") if method == "HEAD" else None)
+            if found is not None:
+                taken = [percent_decode(text) for text in match.groups()]
+                request.params = dict(zip(found[1], taken))
+                return found[0]
+            allowed.update(handlers)
+        if self.fallback is not None and not allowed and path.startswith("/"):
+            if method in ("GET", "HEAD"):
                 return self.fallback
-            allowed = {"GET"} if request.method == "OPTIONS" else allowed
-        if request.path == "*":
+            allowed = {"GET"} if method == "OPTIONS" else allowed
+        if path == "*":
             allowed = {"GET", "POST", "PATCH"}
         if not allowed:
-            raise Problem(404, f"there is nothing at {request.path:.200}")
-        allow = _allow(allowed)
-        if request.method == "OPTIONS":
+            raise Problem(404, f"there is nothing at {path:.200}")
+        allow = ", ".join(sorted({*allowed, "OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
+        if method == "OPTIONS":
             return lambda request: Response(204, headers=[("Allow", allow)])
-        raise Problem(
-            405, f"{request.method} is not answered here, only {allow}", headers={"Allow": allow}
-        )
+        detail = f"{method} is not answered here, only {allow}"
+        raise Problem(405, detail, headers={"Allow": allow})
 
     def dispatch(self, request: Request) -> Any:
         """Calls the handler: resolve(request)(request)."""
         return self.resolve(request)(request)
 
-    def _find(
-        self, method: str, path: str
-    ) -> tuple[tuple[Handler, tuple[str, ...], tuple[str, ...]] | None, set[str]]:
-        """((handler, names, raw segments) or None, the methods of all places that the path matches)."""
-        segments = path.split("/")
-        count = len(segments)
-        allowed: set[str] = set()
-        untried: list[tuple[_Place, int, tuple[str, ...]]] = [(self._root, 1, ())]
-        while untried:
-            place, at, taken = untried.pop()
-            while at < count:
-                segment = segments[at]
-                at += 1
-                literal, wild = place.literals.get(segment), place.wild
-                if literal is not None:
-                    if wild is not None and segment:
-                        untried.append((wild, at, (*taken, segment)))
-                    place = literal
-                elif wild is not None and segment:
-                    place = wild
-                    taken = (*taken, segment)
-                else:
-                    break
-            else:
-                found = place.handlers.get(method)
-                if found is None and method == "HEAD":
-                    found = place.handlers.get("GET")
-                if found is not None:
-                    return (found[0], found[1], taken), allowed
-                allowed.update(place.handlers)
-        return None, allowed
 
-
-def _allow(methods: set[str]) -> str:
-    """The value of Allow: HEAD goes with GET, and OPTIONS with everything."""
-    named = methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
-    return ", ".join(sorted(named))
-
-
-# Access. In this order on every request, upgrades to WebSocket included: check_host (DNS rebinding),
-# check_browser (pages of other sites), check_key (other users of the machine). admit() does the three.
+# Access: admit() is the one place where it is decided, for every request, upgrades to WebSocket included.
+#
+# 1. The Host must be known, or a name of an attacker's DNS that leads to 127.0.0.1 would pass (rebinding).
+# 2. Pages of other origins read nothing; pages of any origin write nothing, unless it was named: cards are
+#    programs, and they run on our own origin.
+# 3. With a key, whoever has it may ask, and our own pages may read with a cookie made from it.
+# 4. Without one, the process at the other end must be of our user (or root), where the system can tell.
 
 
 @lru_cache(maxsize=256)
 def host_allowed(authority: str, allowed_hosts: tuple[str, ...], bound_host: str) -> bool:
-    """Whether a Host names this machine's loopback, the address we are bound to, or a configured name.
+    """Whether a Host names this machine's loopback, the address that was connected to, or a configured name.
 
     The port does not matter: it may be forwarded. `*.localhost` is loopback by RFC 6761, and nobody can
-    register a name in it. A wildcard address ("0.0.0.0", "::") names no host. Problem(400) if the authority
-    is malformed.
+    register a name in it. A wildcard address names no host. Problem(400) if the authority is malformed.
     """
     host, _ = split_host(authority)
     if is_loopback(host) or host.endswith(".localhost"):
         return True
-    names = {name.strip("[]").lower() for name in allowed_hosts}
-    if bound_host not in ("0.0.0.0", "::", ""):
-        names.add(bound_host.strip("[]").lower())
-    return host in names
+    names = {name.strip("[]").lower() for name in (*allowed_hosts, bound_host)}
+    return host in names - {"0.0.0.0", "::", ""}
 
 
 def check_host(
     request: Request, allowed_hosts: tuple[str, ...] = (), bound_host: str = "127.0.0.1"
 ) -> None:
-    """Problem 403 for a Host that is not on the allow-list, 400 for none (HTTP/1.0) or a malformed one.
-
-    A name that an attacker's DNS points to 127.0.0.1 arrives here with the attacker's name in it.
-    """
+    """Problem 403 for a Host that is not on the allow-list, 400 for none (HTTP/1.0) or a malformed one."""
     if not request.authority:
         raise Problem(400, "the request names no Host")
     if not host_allowed(request.authority, allowed_hosts, bound_host):
@@ -7921,57 +7885,63 @@ def same_origin(origin: str, authority: str) -> bool:
     if parts is None or not authority:
         return False
     host, port = split_host(authority)
-    if port is None:
-        return parts == (host, 443 if origin.startswith("https:") else 80)
-    return parts == (host, port)
+    default = 443 if origin.startswith("https:") else 80
+    return parts == (host, default if port is None else port)
+
+
+def _is_named(origin: str, allowed_origins: tuple[str, ...]) -> bool:
+    """Whether --allow-origin names it. "null" (sandboxed frames, files) is nobody's, whatever was named."""
+    names = [known.rstrip("/").lower() for known in allowed_origins]
+    return origin != "null" and origin.lower() in names
 
 
 @lru_cache(maxsize=256)
 def allowed_origin(origin: str, allowed_origins: tuple[str, ...], authority: str) -> bool:
-    """Whether pages of this origin may read and write: loopback on any port, our own, the configured ones.
-
-    authority is the request's Host. "null" (sandboxed frames, files) is nobody's and never allowed.
-    """
-    if origin != "null" and origin.lower() in [
-        known.rstrip("/").lower() for known in allowed_origins
-    ]:
+    """Whether pages of this origin may read: loopback on any port, our own (`authority`), those named."""
+    if _is_named(origin, allowed_origins):
         return True
     parts = _split_origin(origin)
     if parts is None:
         return False
-    return (
-        is_loopback(parts[0]) or parts[0].endswith(".localhost") or same_origin(origin, authority)
-    )
+    local = is_loopback(parts[0]) or parts[0].endswith(".localhost")
+    return local or same_origin(origin, authority)
 
 
 def check_browser(request: Request, allowed_origins: tuple[str, ...] = ()) -> str | None:
-    """Problem 403 for what a foreign page makes a browser send; else the Origin, or None if there is none.
+    """Problem 403 for what no page may make a browser send; else the Origin, or None if there is none.
 
-    - An Origin that is not allowed is refused whatever the method. The page could not read the answer to
-      its GET anyway, without Access-Control-Allow-Origin; refusing also spares the work and tells nothing by
-      its timing. Links and address bars send no Origin.
-    - No Origin, but Sec-Fetch-Site names another site, or another origin of this site (another port of
-      this host): writes are refused (browsers name the Origin of every write), and so are reads for another
-      site other than navigation (a link in a chat may lead here; <script src> and <img> may not).
-    - Neither: no browser (Metaflow's client, curl). Content-Type is not looked at: heartbeats have none.
+    Browsers name the Origin of every write and every WebSocket, and send Sec-Fetch-Site with everything;
+    Metaflow's client and curl send neither. Links and address bars send no Origin: a navigation may read
+    (a link in a chat may lead here), <script src> and <img> of another site may not. Content-Type is not
+    looked at: Metaflow's heartbeats have none.
     """
-    headers = request.headers
-    origin = headers.get("origin")
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    if request.method not in SAFE_METHODS:
+        if origin is not None or site is not None:
+            if origin is None or not _is_named(origin, allowed_origins):
+                raise Problem(403, "pages may not write here; --allow-origin names one that may")
+        return origin
     if origin is not None:
         if not allowed_origin(origin, allowed_origins, request.authority):
             raise Problem(403, f"pages of {origin!r} may not use this service; see --allow-origin")
         return origin
-    site = headers.get("sec-fetch-site")
-    if site is None or site in ("same-origin", "none"):
-        return None
-    if request.method not in SAFE_METHODS:
-        raise Problem(403, "a page of another origin may not write here")
-    if site != "same-site" and headers.get("sec-fetch-mode") != "navigate":
+    navigates = request.headers.get("sec-fetch-mode") == "navigate"
+    if not navigates and site not in (None, "same-origin", "same-site", "none"):
         raise Problem(403, "a page of another site may not load this")
     return None
 
 
-_NO_ORIGIN: Headers = (("Vary", "Origin"), ("Cross-Origin-Resource-Policy", "same-origin"))
+def is_plugin_file(request: Request) -> bool:
+    """Whether this reads a file of a UI plugin.
+
+    The UI puts plugins into frames with sandbox="allow-scripts". Such a frame has no origin: what it loads
+    comes with `Origin: null` or as from another site, and never with the cookie.
+    """
+    prefix = f"{API_PREFIX}/plugin/"
+    path = request.path
+    return (
+        path.startswith(prefix) and "/" in path[len(prefix) :] and request.method in ("GET", "HEAD")
+    )
 
 
 @lru_cache(maxsize=64)
@@ -7982,7 +7952,7 @@ def cors_headers(origin: str | None) -> Headers:
     as a script (Cross-Origin-Resource-Policy). Meant for Response.encode(extra=...).
     """
     if origin is None:
-        return _NO_ORIGIN
+        return (("Vary", "Origin"), ("Cross-Origin-Resource-Policy", "same-origin"))
     return (
         ("Vary", "Origin"),
         ("Access-Control-Allow-Origin", origin),
@@ -7993,12 +7963,8 @@ def cors_headers(origin: str | None) -> Headers:
 
 def is_preflight(request: Request) -> bool:
     """Whether a browser asks, before a request of a page, if that request may be made."""
-    headers = request.headers
-    return (
-        request.method == "OPTIONS"
-        and "origin" in headers
-        and "access-control-request-method" in headers
-    )
+    names = ("origin", "access-control-request-method")
+    return request.method == "OPTIONS" and all(name in request.headers for name in names)
 
 
 def preflight(request: Request) -> Response:
@@ -8015,7 +7981,7 @@ def preflight(request: Request) -> Response:
 
 def cookie_value(auth_key: str) -> str:
     """What the cookie holds: derived from the key, because cookies go to every port of a host."""
-    import hmac  # here and below: brings OpenSSL with it, which a command without a key need not wait for
+    import hmac  # here and below: brings OpenSSL with it, which a command need not wait for
 
     return hmac.new(auth_key.encode("utf-8"), KEY_COOKIE.encode("ascii"), "sha256").hexdigest()
 
@@ -8023,31 +7989,6 @@ def cookie_value(auth_key: str) -> str:
 def key_cookie(auth_key: str) -> tuple[str, str]:
     """The Set-Cookie header that lets a browser read: not for scripts, not on requests from other sites."""
     return "Set-Cookie", f"{KEY_COOKIE}={cookie_value(auth_key)}; Path=/; HttpOnly; SameSite=Strict"
-
-
-def check_key(request: Request, auth_key: str | None) -> None:
-    """Problem 401 unless the request has the key, or for reading (WebSocket too) on our own pages the cookie.
-
-    Nothing is checked without a configured key, on KEYLESS_PATHS, and for preflights, with which browsers
-    send no key.
-    """
-    if auth_key is None or request.path in KEYLESS_PATHS or is_preflight(request):
-        return
-    headers = request.headers
-    if _same_secret(headers.get(KEY_HEADER, ""), auth_key):
-        return
-    cookies = headers.get("cookie")
-    if cookies and request.method in ("GET", "HEAD") and _from_own_page(request):
-        expected = cookie_value(auth_key)
-        for cookie in cookies.split(";"):
-            name, _, value = cookie.strip().partition("=")
-            if name == KEY_COOKIE and _same_secret(value, expected):
-                return
-    raise Problem(
-        401,
-        f"this service needs its key in {KEY_HEADER} (METAFLOW_SERVICE_AUTH_KEY)",
-        headers={"WWW-Authenticate": KEY_HEADER},
-    )
 
 
 def _same_secret(given: str, expected: str) -> bool:
@@ -8062,6 +8003,27 @@ def _from_own_page(request: Request) -> bool:
     if origin is not None:
         return same_origin(origin, request.authority)
     return request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+
+
+def check_key(request: Request, auth_key: str | None) -> None:
+    """Problem 401 unless the request has the key, or for reading (WebSocket too) on our own pages the cookie.
+
+    Nothing is checked without a configured key, and for preflights, with which browsers send no key.
+    """
+    if auth_key is None or request.path in KEYLESS_PATHS or is_preflight(request):
+        return
+    if _same_secret(request.headers.get(KEY_HEADER, ""), auth_key):
+        return
+    if request.method in ("GET", "HEAD") and _from_own_page(request):
+        for cookie in request.headers.get("cookie", "").split(";"):
+            name, _, value = cookie.strip().partition("=")
+            if name == KEY_COOKIE and _same_secret(value, cookie_value(auth_key)):
+                return
+    raise Problem(
+        401,
+        f"this service needs its key in {KEY_HEADER} (METAFLOW_SERVICE_AUTH_KEY)",
+        headers={"WWW-Authenticate": KEY_HEADER},
+    )
 
 
 # A connection from loopback whose other end belongs to another user is a stranger's: no key, no service.
@@ -8134,13 +8096,13 @@ def _socket_owner_in_table(family: int, ends: list[tuple[bytes, int]]) -> tuple[
 
 
 def check_user(other_user: int | None) -> None:
-    """Problem 403 for another user of this machine: nobody else's process may act on these flows."""
+    """Problem 403 for another user of this machine (see other_user())."""
     if other_user is not None:
         who = f"user {other_user}" if other_user >= 0 else "a process that has ended"
         raise Problem(
             403,
-            f"this service belongs to user {os.geteuid()}, and the request comes from {who}: "
-            f"start mflocal with {ENV_PREFIX}AUTH_KEY set, and give the other user the key that `mflocal env` prints",
+            f"this service belongs to user {os.geteuid()}, and the request comes from {who}: start mflocal"
+            f" with {ENV_PREFIX}AUTH_KEY set, and give the other user the key that `mflocal env` prints",
         )
 
 
@@ -8155,13 +8117,15 @@ def admit(
 ) -> Headers:
     """All checks in their order. Returns the headers for the answer (for Response.encode's extra).
 
-    other_user: the uid at the other end, if it is a stranger's and there is no key that it could bring.
-
+    other_user: what other_user() says, where there is no key that could be brought.
     Problem 400, 401, 403: these have such headers already, so that an allowed page can read why.
     """
     origin = None
     try:
         check_host(request, allowed_hosts, bound_host)
+        if is_plugin_file(request):
+            check_user(other_user)
+            return cors_headers("null")
         origin = check_browser(request, allowed_origins)
         check_key(request, auth_key)
         if request.path not in KEYLESS_PATHS:
@@ -11286,7 +11250,8 @@ class Connection:
     def connection_made(self, transport: Any) -> None:
         """The client has connected."""
         self._transport = transport
-        self.address = str(transport.get_extra_info("sockname")[0])
+        address = str(transport.get_extra_info("sockname")[0]).partition("%")[0]
+        self.address = address[7:] if address.startswith("::ffff:") else address
         self.expect(KEEP_ALIVE_TIMEOUT)
         if len(self._service.connections) >= self._service.limit:
             problem = Problem(503, "too many connections", close=True)
@@ -11854,6 +11819,7 @@ class Service:
         self.connections: Set[Connection] = set()
         self.draining = False
         self.limit = MAX_CONNECTIONS
+        self._hosts = (*settings.allowed_hosts, settings.host)
         self.bodies = 0  # bytes of request bodies that are here and not answered
         self.unsent = 0  # bytes of long answers that are being sent
         self.loop: Any = None
@@ -11963,7 +11929,7 @@ class Service:
         control = request.path.startswith(CONTROL_PREFIX)  # asks for the daemon's own secret
         headers = admit(
             request,
-            allowed_hosts=(*settings.allowed_hosts, settings.host),
+            allowed_hosts=self._hosts,
             allowed_origins=settings.allowed_origins,
             bound_host=connection.address,
             auth_key=None if control else settings.auth_key,

@@ -1630,6 +1630,109 @@ def test_friends_are_served(served: Served, send: Sender) -> None:
         pass
 
 
+def test_no_page_writes_unless_it_was_named(root: Path) -> None:
+    """Not even our own: cards are programs that run there. The UI never writes."""
+    with Served(root, "--allow-origin", "http://ui.example:3000") as served:
+        own = f"http://127.0.0.1:{served.port}"
+        ways = [
+            {"Origin": own, "Sec-Fetch-Site": "same-origin"},
+            {"Origin": "http://localhost:3000"},
+            {"Sec-Fetch-Site": "same-origin"},
+            {"Sec-Fetch-Site": "none"},
+        ]
+        for headers in ways:
+            for method, path in (("POST", "/flows/F"), ("PATCH", "/flows/F/runs/1/tag/mutate")):
+                answer = served.client(method, path, {}, headers)
+                assert answer.status == 403 and "--allow-origin" in str(answer.body), headers
+            assert served.client("GET", "/flows", headers=headers).status == 200, headers
+        assert not (served.metaflow / "F").exists()
+        named = {"Origin": "http://ui.example:3000", "Sec-Fetch-Site": "cross-site"}
+        assert served.client("POST", "/flows/F", {}, named).status == 200
+
+
+def test_plugins_load_in_frames_without_an_origin(root: Path, tmp_path: Path) -> None:
+    """The UI shows them in sandbox="allow-scripts": what such a frame loads looks like another site's."""
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    (plugin / "manifest.json").write_text('{"name": "p", "version": "1"}')
+    (plugin / "index.html").write_text("<script type=module src=x.js></script>")
+    (plugin / "x.js").write_text("1")
+    (tmp_path / "plugins.json").write_text('[{"path": "plugin"}]')
+    env = clean_env(
+        METAFLOW_LOCAL_SERVICE_PLUGINS=str(tmp_path / "plugins.json"),
+        METAFLOW_LOCAL_SERVICE_AUTH_KEY="key",
+    )
+    ways = [
+        {"Origin": "null", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+    ]
+    with Served(root, env=env) as served:
+        for headers in ways:
+            for name in ("index.html", "x.js"):
+                answer = served.client("GET", f"/api/plugin/p/{name}", headers=headers)
+                assert (
+                    answer.status == 200 and answer.headers["access-control-allow-origin"] == "null"
+                )
+                assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
+            for path in ("/api/plugin", "/api/plugin/p", "/api/flows", "/api/plugin/p/../../flows"):
+                keyed = {**headers, "x-api-key": "key"}
+                assert served.client("GET", path, headers=keyed).status in (403, 404), path
+            assert served.client("POST", "/api/plugin/p/x.js", {}, headers).status == 403
+        rebound = {**ways[0], "Host": "evil.example"}
+        assert served.client("GET", "/api/plugin/p/x.js", headers=rebound).status == 403
+
+
+def addresses() -> list[str]:
+    """IP addresses of this machine that are not loopback."""
+    found = []
+    for family, far in ((socket.AF_INET, "192.0.2.99"), (socket.AF_INET6, "2001:db8::1")):
+        with socket.socket(family, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.connect((far, 9))
+            found.append(sock.getsockname()[0])
+    return found
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0", "127.1", "name"])
+def test_what_we_listen_on_may_be_named(root: Path, host: str) -> None:
+    """The address that a client reached (a kubelet probes by IP), and what --host said, as a command sends it."""
+    name = socket.gethostname()
+    if host == "name":
+        try:
+            socket.getaddrinfo(name, None, socket.AF_INET)
+        except OSError:
+            pytest.skip("this machine does not know its own name")
+        host = name
+    env = clean_env(METAFLOW_LOCAL_SERVICE_AUTH_KEY="key")
+    with Served(root, "--host", host, env=env) as served:
+
+        def ping(address: str, *names: str) -> list[int]:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            found = []
+            for text in names:
+                with socket.socket(family) as sock:
+                    sock.settimeout(20)
+                    sock.connect((address, served.port))
+                    sock.sendall(
+                        b"GET /ping HTTP/1.1\r\nConnection: close\r\nHost: %s\r\n\r\n"
+                        % text.encode()
+                    )
+                    found += answers(rest_of(sock))
+            return found
+
+        if host in ("0.0.0.0", "::", "0"):
+            for address in addresses():
+                if ":" in address and host != "::":
+                    continue
+                literal = f"[{address}]" if ":" in address else address
+                assert ping(address, literal, f"{literal}:{served.port}", "10.9.8.7") == [
+                    200,
+                    200,
+                    403,
+                ]
+        else:
+            assert ping(socket.gethostbyname(host), host, f"{host}:{served.port}") == [200, 200]
+
+
 # -- another user of this machine
 
 NOBODY = 65534

@@ -280,6 +280,7 @@ def test_row_42_configured_hosts() -> None:
     for wildcard in ("0.0.0.0", "::", ""):
         assert check_host("0.0.0.0", (), wildcard) == 403
         assert check_host("192.168.0.1", (), wildcard) == 403
+        assert check_host("0.0.0.0", (wildcard,), "192.168.0.1") == 403
 
 
 @pytest.mark.parametrize("host", ["", "a b", "[", ":80"])
@@ -382,24 +383,25 @@ UI = "http://localhost:3000"
     [
         ({}, None, None),  # requests, curl
         ({"content_type": "text/plain"}, None, None),
-        ({"origin": UI}, UI, UI),
+        ({"origin": UI}, UI, 403),
         (
             {"origin": "http://ui.example", "sec_fetch_site": "cross-site"},
             "http://ui.example",
             "http://ui.example",
         ),
-        ({"origin": UI, "sec_fetch_site": "cross-site", "sec_fetch_mode": "cors"}, UI, UI),
+        ({"origin": UI, "sec_fetch_site": "cross-site", "sec_fetch_mode": "cors"}, UI, 403),
+        # A card's own script: it may read, as the UI that shows it does.
         (
             {"origin": "http://" + LOCAL, "sec_fetch_site": "same-origin"},
             "http://" + LOCAL,
-            "http://" + LOCAL,
+            403,
         ),
         ({"origin": "http://evil.example"}, 403, 403),
         ({"origin": "http://evil.example", "sec_fetch_mode": "websocket"}, 403, 403),
         ({"origin": "null"}, 403, 403),
         ({"origin": ""}, 403, 403),
-        ({"sec_fetch_site": "same-origin"}, None, None),
-        ({"sec_fetch_site": "none", "sec_fetch_mode": "navigate"}, None, None),
+        ({"sec_fetch_site": "same-origin"}, None, 403),
+        ({"sec_fetch_site": "none", "sec_fetch_mode": "navigate"}, None, 403),
         ({"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}, None, 403),
         ({"sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors"}, 403, 403),
         ({"sec_fetch_site": "cross-site"}, 403, 403),
@@ -549,19 +551,20 @@ def test_the_cookie_reads_on_our_own_pages(headers: dict[str, str], expected: in
 
 
 def test_admit_checks_in_order_and_gives_the_headers() -> None:
-    def admit(authority: str, **headers: str) -> Any:
+    def admit(authority: str, method: str = "POST", **headers: str) -> Any:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         return mflocal.admit(
-            Request("POST", "/flows/F", headers=names, authority=authority), auth_key=KEY
+            Request(method, "/flows/F", headers=names, authority=authority), auth_key=KEY
         )
 
     assert admit(LOCAL, x_api_key=KEY) == mflocal.cors_headers(None)
-    assert admit(LOCAL, x_api_key=KEY, origin=UI) == mflocal.cors_headers(UI)
+    assert admit(LOCAL, x_api_key=KEY, method="GET", origin=UI) == mflocal.cors_headers(UI)
+    assert problem_of(lambda: admit(LOCAL, x_api_key=KEY, origin=UI)).status == 403
     evil = {"x_api_key": KEY, "origin": "http://evil.example"}
     assert "--allow-host" in problem_of(lambda: admit("evil.example", **evil)).detail
     problem = problem_of(lambda: admit(LOCAL, **evil))
     assert problem.status == 403 and "Access-Control-Allow-Origin" not in problem.headers
-    problem = problem_of(lambda: admit(LOCAL, origin=UI))
+    problem = problem_of(lambda: admit(LOCAL, method="GET", origin=UI))
     assert problem.status == 401 and problem.headers["Access-Control-Allow-Origin"] == UI
     assert (
         b"Access-Control-Allow-Origin: " + UI.encode() in mflocal.problem_response(problem).encode()
