@@ -305,6 +305,59 @@ METAFLOW_DIR = ".metaflow"
 STATE_DIR = ".mflocal"
 
 
+# -- files that others may have planted
+
+
+def open_regular(
+    path: str,
+    flags: int = os.O_RDONLY,
+    *,
+    mode: int = 0o666,
+    follow: bool = False,
+    limit: Optional[int] = None,
+    dir_fd: Optional[int] = None,
+) -> int:
+    """A descriptor of a regular file; never blocks on a FIFO, never opens what a device does.
+
+    `follow` allows a symlink as the last part of the path; `limit` is the most bytes that the file may have.
+    Raises OSError, also for a link (ELOOP), another kind of file (EINVAL) and a larger one (EFBIG).
+    """
+    # O_NONBLOCK: else opening a FIFO waits for its other end; reading a regular file is not affected.
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        fd = os.open(path, flags, mode, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(errno.ELOOP, "it is a symbolic link", path) from None
+        raise
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    if limit is not None and info.st_size > limit:
+        os.close(fd)
+        raise OSError(errno.EFBIG, "it is larger than %d bytes" % limit, path)
+    return fd
+
+
+def read_regular(
+    path: str, limit: int, *, follow: bool = False, dir_fd: Optional[int] = None
+) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; see open_regular. Raises OSError."""
+    fd = open_regular(path, follow=follow, limit=limit, dir_fd=dir_fd)
+    try:
+        size = os.fstat(fd).st_size
+        data = os.read(fd, size)
+        while len(data) < size:  # network file systems and signals may cut a read short
+            more = os.read(fd, size - len(data))
+            if not more:
+                break
+            data += more
+        return data
+    finally:
+        os.close(fd)
+
+
 class SettingsError(Exception):
     """A flag, environment variable or configuration file that cannot be used: one line, names it."""
 
@@ -1395,25 +1448,10 @@ def read_record(path: str) -> Optional[Record]:
     Symlinks are not followed and a FIFO does not block: a checkout may have shipped them.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > RECORD_LIMIT:
-            return None
-        data = os.read(fd, info.st_size + 1)
-        while len(data) < info.st_size:
-            more = os.read(fd, info.st_size - len(data))
-            if not more:
-                return None
-            data += more
-        text = data.decode("utf-8").strip(" \t\r\n")
+        text = read_regular(path, RECORD_LIMIT).decode("utf-8").strip(" \t\r\n")
         value, end = _scan(text)  # json.loads without its guess at the encoding
     except (OSError, ValueError, RecursionError):
         return None
-    finally:
-        os.close(fd)
     return value if isinstance(value, dict) and end == len(text) else None
 
 
@@ -1543,16 +1581,16 @@ class Store:
 
     def _open_own(self, path: str, flags: int = 0) -> int:
         """open(2) for writing of a file that only we write; a new one comes from what prepare() made."""
-        flags |= os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags |= os.O_WRONLY
         try:
-            return os.open(path, flags)
+            return open_regular(path, flags)
         except FileNotFoundError:
             if self._blanks:
                 try:
                     self._publish(b"", path)
                 except OSError:
                     pass  # it was tidied up, or there is no such folder: the next call tells
-            return os.open(path, flags | os.O_CREAT, 0o666)
+            return open_regular(path, flags | os.O_CREAT)
 
     def _make(self, node: Node, record: Record, claimed: bool = False) -> bool:
         """Makes a new object's directories and `_self.json`; False when it exists already.
@@ -1840,9 +1878,8 @@ class Store:
     def lease_runs(self, lease: str) -> List[RunNode]:
         """The runs of one `mflocal run`, also those that a daemon before this one has seen begin."""
         try:
-            with open(self._lease_file(lease), encoding="utf-8") as file:
-                names = file.read().split()
-        except OSError:
+            names = read_regular(self._lease_file(lease), MIB).decode("utf-8").split()
+        except (OSError, ValueError):
             return []
         found = [self.run(flow, run) for flow, _, run in (name.partition("/") for name in names)]
         return [run for run in found if run is not None]

@@ -623,6 +623,46 @@ def test_links_and_pipes_among_the_records_are_not_read(
     assert [run.id for run in asyncio.run(store.runs(store.flow("F")))] == ["1"]
 
 
+def test_a_pipe_in_the_place_of_signs_holds_up_nobody(service: Client) -> None:
+    """A FIFO named `_mflocal.json`: opening it for writing would wait for a reader for ever."""
+    client = KeptConnection(service.url)
+    client.post("/flows/F", {})
+    run = f"/flows/F/runs/{client.post('/flows/F/run', BODY)['run_number']}"
+    client.post(f"{run}/steps/start/step", BODY)
+    task = f"{run}/steps/start/tasks/{client.post(f'{run}/steps/start/task', BODY)['task_id']}"
+    client.post(f"{task}/metadata", [{"field_name": "attempt", "value": "0"}])
+    for folder in (f"{run[14:]}", f"{run[14:]}/start/1"):
+        signs = service.root / ".metaflow/F" / folder / "_meta/_mflocal.json"
+        signs.unlink(missing_ok=True)
+        os.mkfifo(signs)
+    client.socket.close()  # the attempt's process is gone, and that goes to disk at once
+    wait_for(lambda: service.get("/flows/F/runs?status=failed"))
+    assert service("POST", f"{task}/heartbeat", {}).status == 200
+
+
+def test_a_regular_file_or_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("12345")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dir").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    read = mflocal.read_regular
+    assert read(str(tmp_path / "file"), 5) == b"12345"
+    assert read(str(tmp_path / "link"), 5, follow=True) == b"12345"
+    for name, text in (
+        ("link", "symbolic link"),
+        ("pipe", "not a regular file"),
+        ("dir", "not a regular file"),
+        ("none", "No such file"),
+    ):
+        with pytest.raises(OSError, match=text):
+            read(str(tmp_path / name), 5)
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        read(str(tmp_path / "file"), 4)
+    for flags in (os.O_WRONLY, os.O_RDWR):
+        with pytest.raises(OSError):
+            os.close(mflocal.open_regular(str(tmp_path / "pipe"), flags))
+
+
 @pytest.mark.core
 def test_siblings_that_are_no_objects_are_skipped(store: mflocal.Store, metaflow_dir: Path) -> None:
     run = foreign_run(metaflow_dir, "1")
