@@ -17,7 +17,6 @@ import fcntl
 import functools
 import heapq
 import importlib
-import itertools
 import json
 import math
 import operator
@@ -92,7 +91,7 @@ LINGER_TIMEOUT = 3.0  # s that what a refused client still sends is dropped, so 
 WRITE_TIMEOUT = 30.0  # s without progress while a peer does not read its answer
 KEEP_ALIVE_TIMEOUT = 75.0  # s of silence between requests; never on connections that speak for work
 MAX_CONNECTIONS = 4096  # or RLIMIT_NOFILE - SPARE_FILES if that is less; more get 503 and close
-SPARE_FILES = 96  # descriptors kept for the store and its BLANKS, log, lock and listening socket
+SPARE_FILES = 96  # descriptors kept for the store, log, lock and listening socket
 BACKLOG = 512  # connections queue here while the daemon still imports (the kernel may cap it)
 
 # WebSocket. Messages from the UI are subscriptions and keep-alives, under 1 KiB.
@@ -137,13 +136,12 @@ RECORD_LIMIT = (
     64 * MIB
 )  # one JSON file of the tree; a metadata value of a full body is 16 MiB, escaped more
 WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a time
+WRITE_TRIES = 5  # of one record; a second one is needed only if another program replaces the file
 RACY_NS = (
     50_000_000  # a directory changed so recently may change again within one tick of its mtime
 )
 RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
 TASKS_KEPT = 50_000  # tasks kept in memory, about 3 KiB each; runs that are in use may have more
-BLANKS = 32  # empty files held open for the next writes
-BLANKS_AT_ONCE = 16  # made after one answer
 TASKS_REST = 60.0  # s for which a run that was asked for keeps its tasks
 ROWS_KEPT = 20_000  # metadata and artifact records kept in memory, about 1 KiB each
 LEASE_KEPT = 7 * 86_400  # s after which the runs of a wrapper that never said goodbye are forgotten
@@ -1481,15 +1479,11 @@ class Store:
     def __init__(self, metaflow_dir: str, temp_dir: str) -> None:
         self.root = metaflow_dir
         self.temp_dir = temp_dir
-        self._temp = f"{temp_dir}/{os.getpid()}-"
         self._lease_dir = f"{os.path.dirname(temp_dir)}/leases"
         self.listeners: List[Callable[[Event], None]] = []
         self._flows: Dict[str, FlowNode] = {}
         self._root_sig = 0
         self._baseline = False
-        self._serial = itertools.count()
-        self._blanks: List[Tuple[int, str]] = []
-        self._written = 0
         self._last_run = 0
         self._tags: Dict[str, str] = {}
         self._unsaved: Set[RunOrTask] = set()
@@ -1523,74 +1517,39 @@ class Store:
         return len(left)
 
     def _write(self, path: str, record: Record) -> None:
-        """The one file primitive: a whole file by temp and rename, under the user's umask. Raises Problem."""
+        """The one way to write a record: a new file, filled, renamed, under the user's umask. Raises Problem."""
         data = dumps(record)
         try:
-            try:
-                self._publish(data, path)
-            except (
-                FileNotFoundError
-            ):  # somebody tidied up; our own folder is made again, never .metaflow
-                self.discard_blanks()
-                if not os.path.lexists(self.temp_dir):
+            # Somebody may tidy up or replace our folder or the temp file, by tar or `sed -i` over the whole tree.
+            for _ in range(WRITE_TRIES):
+                try:
+                    if self._publish(data, path):
+                        return
+                except FileNotFoundError:
+                    if os.path.lexists(self.temp_dir):
+                        raise
                     os.mkdir(self.temp_dir, 0o700)
-                self._publish(data, path)
+            raise OSError(errno.EIO, "the file is replaced by another program all the time")
         except OSError as error:
             raise disk_problem(error, path) from None
 
-    def _publish(self, data: bytes, path: str) -> None:
-        fd, temp = self._blanks.pop() if self._blanks else self._new_file()
-        self._written += 1
+    def _publish(self, data: bytes, path: str) -> bool:
+        """Writes a file and renames it to `path`; False when another file has come to stand there."""
+        # A name that no archive of this tree can hold, so that unpacking one does not touch the file.
+        temp = f"{self.temp_dir}/{os.urandom(8).hex()}"
+        fd = open_regular(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            try:
-                while data:
-                    data = data[os.write(fd, data) :]
-            finally:
-                os.close(fd)
+            written = 0
+            while written < len(data):
+                written += os.write(fd, data[written:])
             os.rename(temp, path)
+            ours = os.fstat(fd)
+            return _signature(path) == (ours.st_mtime_ns, ours.st_ino, len(data))
         except OSError:
             _remove([temp])
             raise
-
-    def prepare(self) -> None:
-        """Opens some of the files that the next writes fill, to be called when nobody waits for an answer.
-
-        To make a file takes longer than to fill and rename it; on ext4 without a journal, as virtual machines
-        have it, several times as long for minutes after files were deleted. There are never more of them than
-        were written so far: who only reads leaves no trace.
-        """
-        try:
-            for _ in range(min(BLANKS_AT_ONCE, min(BLANKS, self._written) - len(self._blanks))):
-                self._blanks.append(self._new_file())
-        except OSError:
-            pass  # the next write says what is wrong
-
-    def _new_file(self) -> Tuple[int, str]:
-        """(descriptor, path) of a new, empty file in our folder for them. Raises OSError."""
-        temp = f"{self._temp}{next(self._serial)}"
-        return os.open(
-            temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-        ), temp
-
-    def discard_blanks(self) -> None:
-        """Removes what prepare() has made."""
-        blanks, self._blanks = self._blanks, []
-        for fd, temp in blanks:
+        finally:
             os.close(fd)
-            _remove([temp])
-
-    def _open_own(self, path: str, flags: int = 0) -> int:
-        """open(2) for writing of a file that only we write; a new one comes from what prepare() made."""
-        flags |= os.O_WRONLY
-        try:
-            return open_regular(path, flags)
-        except FileNotFoundError:
-            if self._blanks:
-                try:
-                    self._publish(b"", path)
-                except OSError:
-                    pass  # it was tidied up, or there is no such folder: the next call tells
-            return open_regular(path, flags | os.O_CREAT)
 
     def _make(self, node: Node, record: Record, claimed: bool = False) -> bool:
         """Makes a new object's directories and `_self.json`; False when it exists already.
@@ -1863,7 +1822,7 @@ class Store:
             signs.lease = lease
             self._save_signs(run)
             try:
-                fd = self._open_own(self._lease_file(lease), os.O_APPEND)
+                fd = open_regular(self._lease_file(lease), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 try:
                     os.write(fd, f"{run.flow}/{run.id}\n".encode())
                 finally:
@@ -1916,7 +1875,7 @@ class Store:
             saved["beats"] = True
         data = dumps(saved)
         try:
-            fd = self._open_own(f"{node.path}/_meta/{SIGNS_FILE}")
+            fd = open_regular(f"{node.path}/_meta/{SIGNS_FILE}", os.O_WRONLY | os.O_CREAT)
             try:
                 os.pwrite(fd, data.ljust(max(128, os.fstat(fd).st_size - 1)) + b"\n", 0)
             finally:
@@ -11889,7 +11848,6 @@ class Service:
             for task in tasks:
                 task.cancel()
             self.store.flush_signs()
-            self.store.discard_blanks()
 
     def stop(self, now: bool = False) -> None:
         """Begins to drain; `now`, or a second call, does not wait for requests in flight."""

@@ -391,7 +391,7 @@ def test_a_full_disk(mount: Callable[..., Path]) -> None:
 
 def test_no_inode_left(mount: Callable[..., Path]) -> None:
     root = mount("size=4m,nr_inodes=60")
-    with served_on(root, BLANKS=0) as served:  # with them some writes would go through
+    with served_on(root) as served:
         task = served.task()
         spare = root / "spare"
         spare.mkdir()
@@ -408,9 +408,7 @@ def test_no_inode_left(mount: Callable[..., Path]) -> None:
 
 def test_a_disk_that_becomes_read_only(mount: Callable[..., Path]) -> None:
     root = mount("size=4m")
-    with served_on(
-        root, BLANKS=0
-    ) as served:  # what is open for writing keeps a mount from becoming read-only
+    with served_on(root) as served:
         task = served.task()
         # The service holds its lock file open for writing, so the file system itself cannot be remounted.
         flow = root / ".metaflow"

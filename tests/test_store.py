@@ -22,7 +22,6 @@ from typing import Any, Callable
 import pytest
 from conftest import REPO, Client, wait_for
 from meta_shared import script
-from wire import Served
 
 import mflocal
 
@@ -738,7 +737,7 @@ def test_temp_files_of_a_killed_daemon_are_swept(
     service = make_service(tmp_path)
     assert children(temp) == []
     service.post("/flows/F", {})
-    assert {path.stat().st_size for path in temp.iterdir()} <= {0}
+    assert children(temp) == []
     assert children(tmp_path / ".metaflow/F/_meta") == ["_self.json"]
 
 
@@ -791,116 +790,8 @@ def test_modes_follow_the_umask_but_never_for_our_own(
     assert {stat.S_IMODE(p.stat().st_mode) for p in folders} == {0o777 & ~umask}
     own = metaflow_dir / ".mflocal"
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
-    # What lies ready in tmp is empty and becomes files of the tree: it has their mode, behind a folder that has not.
-    assert {
-        stat.S_IMODE(p.stat().st_mode) & 0o077 for p in own.rglob("*") if p.parent.name != "tmp"
-    } == {0}
-    assert {p.stat().st_size for p in (own / "tmp").iterdir()} <= {0}
-
-
-# -- files made ahead
-
-
-def make_ready(store: mflocal.Store) -> set[int]:
-    """Lets the store make all the files that it makes ahead; their inodes."""
-    store._written = mflocal.BLANKS
-    for _ in range(mflocal.BLANKS):
-        store.prepare()
-    return {path.stat().st_ino for path in Path(store.temp_dir).iterdir()}
-
-
-def test_files_made_ahead_are_what_writes_fill(store: mflocal.Store, metaflow_dir: Path) -> None:
-    temp = metaflow_dir / ".mflocal/tmp"
-    store.sweep()
-    ready = make_ready(store)
-    assert len(ready) == mflocal.BLANKS
-    task = a_task(store)
-    asyncio.run(store.add_metadata(task, [{"field_name": "a", "value": "v"}]))
-    store.set_lease(task.run, "abc")
-    store.beat(task.run, int(time.time()))
-    store.flush_signs()
-    written = [path for path in metaflow_dir.rglob("*") if path.is_file() and path.parent != temp]
-    assert {"_mflocal.json", "abc"} < {path.name for path in written}
-    assert {path.stat().st_ino for path in written} <= ready
-    assert all(json.loads(path.read_text()) for path in written if path.suffix == ".json")
-    assert {path.stat().st_ino for path in temp.iterdir()} == ready - {
-        path.stat().st_ino for path in written
-    }
-    store.discard_blanks()
-    assert children(temp) == []
-
-
-@pytest.mark.parametrize("what", ["files", "folder"])
-def test_files_made_ahead_may_be_tidied_up(
-    store: mflocal.Store, metaflow_dir: Path, what: str
-) -> None:
-    temp = metaflow_dir / ".mflocal/tmp"
-    store.sweep()
-    task = a_task(store)
-    for act in (
-        lambda: asyncio.run(store.add_metadata(task, [{"field_name": "a", "value": "v"}])),
-        lambda: store.beat(task, int(time.time())) or store.flush_signs(),
-        lambda: store.set_lease(task.run, "abc"),
-        lambda: a_task(store),
-    ):
-        temp.mkdir(exist_ok=True)
-        make_ready(store)
-        shutil.rmtree(temp)
-        if what == "files":
-            temp.mkdir()
-        act()
-    assert (task.run.path, "abc") == (store.lease_runs("abc")[0].path, store.signs(task.run).lease)
-    assert len(children(metaflow_dir / "F")) == 3
-    fresh = open_store(metaflow_dir, "other")
-    again = fresh.task(fresh.step(fresh.run("F", task.run.id), "start"), task.id)
-    assert asyncio.run(fresh.metadata(again))[0]["value"] == "v" and fresh.signs(again).heartbeat
-
-
-def test_a_task_that_is_gone_takes_no_files_made_ahead_with_it(
-    store: mflocal.Store, metaflow_dir: Path
-) -> None:
-    task = a_task(store)
-    make_ready(store)
-    shutil.rmtree(task.path)
-    with pytest.raises(mflocal.Problem) as caught:
-        asyncio.run(store.add_metadata(task, [{"field_name": "a", "value": "v"}]))
-    assert caught.value.status in (404, 500) and not Path(task.path).exists()
-    held = {
-        os.readlink(f"/proc/self/fd/{fd}")
-        for fd in os.listdir("/proc/self/fd")
-        if os.path.lexists(f"/proc/self/fd/{fd}")
-    }
-    temp = str(metaflow_dir / ".mflocal/tmp")
-    assert len(children(Path(temp))) == len(
-        [name for name in held if name.startswith(temp)]
-    )  # no descriptor leaks
-
-
-def test_without_room_for_files_made_ahead_writes_go_on(
-    store: mflocal.Store, metaflow_dir: Path
-) -> None:
-    (metaflow_dir / ".mflocal/tmp").rmdir()
-    store._written = mflocal.BLANKS
-    store.prepare()
-    assert not (
-        metaflow_dir / ".mflocal/tmp"
-    ).exists()  # an answer about something else makes no folder again
-    assert a_task(store).id == "1"
-
-
-def test_the_daemon_makes_files_ahead_and_takes_them_with_it(tmp_path: Path) -> None:
-    temp = tmp_path / ".metaflow/.mflocal/tmp"
-    with Served(tmp_path) as served:
-        served.client.get("/flows")
-        served.client.get("/ping")
-        assert children(temp) == []  # who only reads leaves no trace
-        task = served.task()
-        wait_for(lambda: 0 < len(children(temp)) < mflocal.BLANKS)
-        rows = [{"field_name": f"m{number}", "value": "v"} for number in range(mflocal.BLANKS)]
-        served.client.post(f"{task}/metadata", rows)
-        served.client.get("/ping")
-        wait_for(lambda: len(children(temp)) == mflocal.BLANKS)
-    assert children(temp) == []
+    assert {stat.S_IMODE(p.stat().st_mode) & 0o077 for p in own.rglob("*")} == {0}
+    assert children(own / "tmp") == []
 
 
 FULL_DISK = """
