@@ -279,17 +279,13 @@ PLUGIN_FILE_BYTES = 32 * MIB  # of one file of a plugin
 READ_SIZE = 64 * KIB  # bytes that may wait behind a request that is being answered
 SEND_SIZE = 256 * KIB  # longer answers leave in pieces of that size, as fast as the client reads
 MAX_UNSENT = 128 * MIB  # of all long answers that clients have not taken yet; more get 503
-STREAM_COST = 512 * KIB  # what a streamed answer counts for in it: a piece and the socket's buffers
-MAX_BODIES = (
-    64 * MIB
-)  # request bodies on all connections together; decoded they take several times that
+STREAM_COST = 512 * KIB  # what a streamed answer counts for in it: one piece, and the buffers
+MAX_BODIES = 64 * MIB  # of all requests together; decoded they take several times that
 SMALL_BODY = 64 * KIB  # a body that is never refused for what others send
-REQUESTS_IN_ROW = (
-    16  # pipelined requests that are answered before other connections have their turn
-)
-HALF_CLOSED = (
-    1.0  # s for a handler whose client has closed its half: it may still read (nc), or be dead
-)
+REQUESTS_IN_ROW = 16  # pipelined requests that are answered before others have their turn
+UI_FILE_BYTES = 64 * MIB  # of one file of a zipped UI; the official one's largest has 5 MiB
+UI_BUNDLE_BYTES = 256 * MIB  # of all of them, unpacked; a small zip can hold gigabytes
+HALF_CLOSED = 1.0  # s for a handler whose client sends no more: it still reads (nc), or is dead
 ONE_SHOT = (
     1.0  # s: who closes a connection so soon after its only request keeps none, and has not died
 )
@@ -6623,6 +6619,7 @@ _HTTP_CODINGS = re.compile(rf"{_HTTP_TOKEN.pattern}(?:[ \t]*,[ \t]*{_HTTP_TOKEN.
 _HTTP_AUTHORITY = re.compile(
     r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9A-Za-z._-]{1,255}))(?::([0-9]{1,5}))?"
 )
+_HTTP_RANGE = re.compile(r"\s*bytes\s*=\s*([0-9]*)-([0-9]*)\s*")
 _HTTP_PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})?")
 _HTTP_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _HTTP_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -7409,6 +7406,54 @@ def problem_response(problem: Problem) -> Response:
     response = json_response(problem.body(), problem.status, problem.headers.items())
     response.close = problem.close
     return response
+
+
+def file_response(
+    request: Request,
+    file: IO[bytes],
+    size: int,
+    content_type: str,
+    headers: Iterable[tuple[str, str]] = (),
+) -> Response:
+    """An open file of `size` bytes, or the one range of it that was asked for; it is closed in the end."""
+    try:
+        span = _byte_range(request.headers.get("range", ""), size)
+    except Problem:
+        file.close()
+        raise
+    start, end = span or (0, size)
+    response = Response(200 if span is None else 206, b"", content_type, headers)
+    response.headers.append(("Accept-Ranges", "bytes"))
+    if span is not None:
+        response.headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
+    response.stream, response.length = _file_pieces(file, start, end - start), end - start
+    return response
+
+
+async def _file_pieces(file: IO[bytes], start: int, size: int) -> AsyncIterator[bytes]:
+    with file:
+        while start > 0:  # seek() in a zip would unpack all of it at once
+            start -= len(file.read(min(start, SEND_SIZE))) or start
+        while size > 0:
+            piece = file.read(min(size, SEND_SIZE))
+            if not piece:
+                return
+            size -= len(piece)
+            yield piece
+
+
+def _byte_range(value: str, size: int) -> tuple[int, int] | None:
+    """(start, end) of the only range in a Range field (RFC 9110, 14); None to answer with everything."""
+    match = _HTTP_RANGE.fullmatch(value)
+    if match is None or match[1] == match[2] == "":
+        return None
+    first, last = match[1][:18], match[2][:18]  # no file is longer, and int() refuses long ones
+    start = int(first) if first else max(size - int(last), 0)
+    end = min(int(last) + 1, size) if first and last else size
+    if start >= end:
+        unsatisfied = {"Content-Range": f"bytes */{size}"}
+        raise Problem(416, "the range lies outside the file", headers=unsatisfied)
+    return start, end
 
 
 # ---- 9. WebSocket: the server's side of RFC 6455, without I/O ----
@@ -11682,101 +11727,99 @@ class WebSocket:
         self._connection.expect(WS_PING_TIMEOUT)
 
 
+def _open_file(path: str) -> IO[bytes]:
+    """A regular file; a pipe of that name is refused, not waited for. Raises OSError."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return file
+
+
 class Bundle:
-    """A static build of the official UI, a directory or a zip with index.html at its top or one level down."""
+    """A static build of the official UI: a directory with index.html, or a zip with one (further down, perhaps).
+
+    Nothing of it is kept in memory but a zip's directory, so that a bundle that is replaced in place is seen
+    with the next request. SettingsError: it cannot be used.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._stamp: Tuple[int, ...] = ()  # of the zip whose directory is in _zip and _files
         self._zip: Any = None
-        self._names: Dict[str, str] = {}
-        if os.path.isdir(path):
-            self._root = os.path.realpath(path)
-            self._scan_directory()
-        else:
-            import zipfile
+        self._files: Dict[str, Any] = {}
+        self._find("index.html")
 
-            try:
-                self._zip = zipfile.ZipFile(path)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise SettingsError(f"the UI bundle {path} cannot be read: {error}") from None
-            self._scan_names([info.filename for info in self._zip.infolist() if not info.is_dir()])
-        if "index.html" not in self._names:
-            raise SettingsError(f"the UI bundle {path} has no index.html")
+    def _find(self, name: str) -> Optional[Tuple[IO[bytes], int]]:
+        """A file of the bundle and its size, None if there is no such file; SettingsError: no bundle at all."""
+        import zipfile
 
-    def _scan_directory(self) -> None:
-        files = []
-        for folder, _, names in os.walk(self._root):
-            for name in names:
-                files.append(os.path.relpath(os.path.join(folder, name), self._root))
-        self._scan_names(files)
-
-    def _scan_names(self, files: List[str]) -> None:
-        indexes = sorted(
-            (name for name in files if name.rpartition("/")[2] == "index.html"), key=len
-        )
-        top = indexes[0][: -len("index.html")] if indexes else ""
-        self._names = {
-            name[len(top) :]: name
-            for name in files
-            if name.startswith(top) and not name.endswith(".map")
-        }
-
-    def _read(self, name: str) -> bytes:
-        stored = self._names[name]
-        if self._zip is not None:
-            data: bytes = self._zip.read(stored)
-            return data
-        full = os.path.realpath(os.path.join(self._root, stored))
-        if not full.startswith(self._root + os.sep):
-            raise Problem(404, f"there is no file /{name}")
         try:
-            with open(full, "rb") as file:
-                return file.read()
-        except OSError:
-            raise Problem(404, f"there is no file /{name}") from None
+            info = os.stat(self.path)
+            if stat.S_ISDIR(info.st_mode):
+                return self._find_in_folder(name)
+            stamp = (info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size)
+            if stamp != self._stamp:
+                self._read_zip()
+                self._stamp = stamp
+            member = self._files.get(name)
+            return None if member is None else (self._zip.open(member), member.file_size)
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            RuntimeError,
+        ) as error:  # RuntimeError: it has a password
+            raise SettingsError(f"the UI bundle {self.path} cannot be read: {error}") from None
+
+    def _find_in_folder(self, name: str) -> Optional[Tuple[IO[bytes], int]]:
+        root = os.path.realpath(self.path)
+        if not os.path.isfile(os.path.join(root, "index.html")):
+            raise SettingsError(f"the UI bundle {self.path} has no index.html")
+        full = os.path.realpath(os.path.join(root, name))
+        if not full.startswith(root + os.sep) or not os.path.isfile(full):
+            return None
+        file = _open_file(full)
+        return file, os.fstat(file.fileno()).st_size
+
+    def _read_zip(self) -> None:
+        """Reads the zip's directory, and refuses one that would unpack to more than any UI has."""
+        import zipfile
+
+        self._zip = zipfile.ZipFile(_open_file(self.path))
+        members = [member for member in self._zip.infolist() if not member.is_dir()]
+        largest = max([member.file_size for member in members], default=0)
+        total = sum([member.file_size for member in members])
+        if largest > UI_FILE_BYTES or total > UI_BUNDLE_BYTES:
+            raise SettingsError(
+                f"the UI bundle {self.path} unpacks to {total // MIB} MiB, no UI does"
+            )
+        indexes = [m.filename for m in members if m.filename.rpartition("/")[2] == "index.html"]
+        if not indexes:
+            raise SettingsError(f"the UI bundle {self.path} has no index.html")
+        top = min(indexes, key=len)[: -len("index.html")]
+        self._files = {m.filename[len(top) :]: m for m in members if m.filename.startswith(top)}
 
     def answer(self, request: Request) -> Response:
         """A file of the bundle; index.html for every path that is a page of the UI and no file."""
         name = percent_decode(request.path)[1:]
-        if name not in self._names:
-            if name.startswith(("static/", "api/", "flows/")) or request.method not in (
-                "GET",
-                "HEAD",
-            ):
-                raise Problem(404, f"there is nothing at {request.path}")
-            name = "index.html"
+        try:
+            found = None if name.endswith((".map", "/")) or not name else self._find(name)
+            if found is None:
+                if name.startswith(("static/", "api/", "flows/")):
+                    raise Problem(404, f"there is nothing at {request.path:.200}")
+                name = "index.html"
+                found = self._find(name)
+        except SettingsError as error:
+            raise Problem(404, str(error)) from None
+        if found is None:
+            raise Problem(404, f"the UI bundle {self.path} has no index.html")
         hashed = name.startswith("static/")
         headers = [
             ("Cache-Control", "public, max-age=31536000, immutable" if hashed else "no-cache"),
             ("X-Frame-Options", "SAMEORIGIN"),
         ]
         kind = UI_TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")
-        return _ranged(request, Response(200, self._read(name), kind, headers))
-
-
-def _ranged(request: Request, response: Response) -> Response:
-    """Cuts a whole answer to the one byte range that was asked for (RFC 9110, 14); several are answered whole."""
-    response.headers.append(("Accept-Ranges", "bytes"))
-    unit, _, ranges = request.headers.get("range", "").partition("=")
-    first, dash, last = ranges.strip().partition("-")
-    size = len(response.body)
-    if (
-        unit.strip().lower() != "bytes"
-        or not dash
-        or not (first + last).isdigit()
-        or not (first + last).isascii()
-    ):
-        return response
-    first, last = first[:18], last[:18]  # no file is longer, and int() refuses thousands of digits
-    start = int(first) if first else max(size - int(last), 0)
-    end = min(int(last) if first and last else size - 1, size - 1)
-    if start > end:
-        raise Problem(
-            416, "the range lies outside the file", headers={"Content-Range": f"bytes */{size}"}
-        )
-    response.status, response.body = 206, response.body[start : end + 1]
-    response.headers.append(("Content-Range", f"bytes {start}-{end}/{size}"))
-    return response
+        return file_response(request, *found, kind, headers)
 
 
 class Service:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -527,6 +528,28 @@ def test_the_largest_body_and_one_byte_more(served: Served) -> None:
     got = served.raw(head + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 17, half_close=False)
     assert got[:13] in (b"HTTP/1.1 413 ", b"")  # a reset may overtake it
     served.settled(*before)
+
+
+def test_large_bodies_have_a_bound_in_all(root: Path) -> None:
+    """Who comes too many gets 503, which Metaflow's client tries again; small requests go on meanwhile."""
+    with Served(root, quick={"MAX_BODIES": 40 << 20}) as served:
+        task = served.task()
+        body = json.dumps([{"field_name": "big", "value": "x" * (15 << 20)}]).encode()
+        head = b"POST %s/metadata HTTP/1.1\r\nContent-Length: %d\r\n" % (task.encode(), len(body))
+        before = served.memory()
+        socks, refused = [served.connect() for _ in range(8)], 0
+        for sock in socks:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(head + HOST + b"\r\n" + body[:-1])
+        for sock in socks[2:]:
+            refused += b"Retry-After: 1\r\n" in rest_of(sock)
+        assert refused == 6 and served.memory() < before + 90
+        assert served.client("POST", f"{task}/heartbeat", {}).status == 200
+        for sock in socks[:2]:
+            sock.sendall(body[-1:])
+            assert sock.recv(12) == b"HTTP/1.1 200"
+            sock.close()
+        assert served.client("POST", f"{task}/metadata", body).status == 200
 
 
 def test_an_ordinary_client_learns_that_its_body_is_too_large(served: Served) -> None:
@@ -1172,6 +1195,99 @@ def test_ranges_of_files(root: Path, tmp_path: Path) -> None:
 
 
 # -- names: what reaches the disk
+
+
+def page(served: Served, path: str = "/") -> tuple[int, str]:
+    """(status, text) of a file of the UI."""
+    answer = served.client("GET", path)
+    return answer.status, str(answer.body)
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_a_bundle_is_replaced_in_place(root: Path, tmp_path: Path, form: str) -> None:
+    bundle = tmp_path / ("bundle.zip" if form == "zip" else "bundle")
+
+    def build(number: int) -> None:
+        files = {"index.html": f"build {number}", f"static/js/{number}.js": f"{number}"}
+        if form == "zip":
+            with zipfile.ZipFile(bundle, "w") as file:
+                for name, text in files.items():
+                    file.writestr(f"ui-{number}/{name}", text)
+        else:
+            shutil.rmtree(bundle, ignore_errors=True)
+            for name, text in files.items():
+                (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+                (bundle / name).write_text(text)
+
+    build(1)
+    with Served(root, env=clean_env(METAFLOW_LOCAL_SERVICE_UI_BUNDLE=str(bundle))) as served:
+        assert page(served) == page(served, "/F/1/start") == (200, "build 1")
+        build(22)
+        assert page(served) == page(served, "/F/1/start") == (200, "build 22")
+        assert page(served, "/static/js/22.js") == (200, "22")
+        assert page(served, "/static/js/1.js")[0] == 404
+        shutil.rmtree(bundle) if form == "folder" else bundle.unlink()
+        status, text = page(served)
+        assert status == 404 and str(bundle) in text
+        bundle.write_text("no zip, and no folder")
+        assert page(served)[0] == 404
+        bundle.unlink()
+        build(333)
+        assert page(served) == (200, "build 333")
+        assert "Traceback" not in served.log
+
+
+def test_a_small_zip_that_unpacks_to_gigabytes(root: Path, tmp_path: Path) -> None:
+    """It is refused by name, at the start and when it takes the place of a good one."""
+    bundle, bomb = tmp_path / "bundle.zip", tmp_path / "bomb.zip"
+    with zipfile.ZipFile(bundle, "w") as file:
+        file.writestr("index.html", "the UI")
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("index.html", "the UI")
+        with file.open("static/x.js", "w", force_zip64=True) as member:
+            for _ in range(80):
+                member.write(bytes(1 << 20))
+    assert bomb.stat().st_size < 200_000
+    done = mflocal("serve", "--bundle", str(bomb), cwd=root)
+    assert done.returncode == 3 and "bomb.zip unpacks to 80 MiB" in done.stderr
+    with Served(root, env=clean_env(METAFLOW_LOCAL_SERVICE_UI_BUNDLE=str(bundle))) as served:
+        assert page(served) == (200, "the UI")
+        os.replace(bomb, bundle)
+        before = served.memory()
+        status, text = page(served, "/static/x.js")
+        assert status == 404 and "80 MiB" in text
+        assert served.memory() < before + 30
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_large_files_of_a_bundle_go_piece_by_piece(root: Path, tmp_path: Path, form: str) -> None:
+    """A pipe among them is no file."""
+    folder = tmp_path / "bundle"
+    (folder / "static").mkdir(parents=True)
+    (folder / "index.html").write_text("the UI")
+    data = random.Random(1).randbytes(1 << 20) * 20
+    (folder / "static/x.js").write_bytes(data)
+    bundle = folder
+    if form == "zip":
+        bundle = Path(shutil.make_archive(str(tmp_path / "bundle"), "zip", folder))
+    else:
+        os.mkfifo(folder / "static/pipe.js")
+    with Served(root, env=clean_env(METAFLOW_LOCAL_SERVICE_UI_BUNDLE=str(bundle))) as served:
+        get = b"GET /static/x.js HTTP/1.1\r\n" + HOST + b"Connection: close\r\n"
+        got = served.raw(get + b"\r\n", half_close=False)
+        assert got.partition(b"\r\n\r\n")[2] == data and b"Content-Length: 20971520\r\n" in got
+        got = served.raw(get + b"Range: bytes=3000001-3000005\r\n\r\n", half_close=False)
+        assert got.partition(b"\r\n\r\n")[2] == data[3000001:3000006]
+        assert b"Content-Range: bytes 3000001-3000005/20971520\r\n" in got
+        assert page(served, "/static/pipe.js")[0] == 404
+        before = served.memory()
+        deaf = [served.connect(receive=4096) for _ in range(20)]
+        for sock in deaf:
+            sock.sendall(get + b"\r\n")
+            assert sock.recv(12) == b"HTTP/1.1 200"
+        assert served.memory() < before + 60  # not 400 MiB
+        for sock in deaf:
+            sock.close()
 
 
 class Watch:
