@@ -8177,21 +8177,24 @@ def admit(
     return cors_headers(origin)
 
 
-# ---- 11. Metadata API: what Metaflow's client asks (metaflow-service, its metadata part) ----
+# ---- 11. Rows: what lists answer and subscriptions push ----
 
 
-async def encode_list(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """A JSON list, encoded in slices so that a long one does not hold up the other clients."""
-    pace, parts = Pacer(), []
-    for row in rows:
-        parts.append(dumps(row))
-        await pace()
-    return b"[" + b", ".join(parts) + b"]"
+class Site:
+    """What handlers and the live engine need of one root; the reader reads its datastore."""
+
+    __slots__ = ("store", "liveness", "settings", "reader")
+
+    def __init__(self, store: Store, liveness: Liveness, settings: Settings) -> None:
+        self.store = store
+        self.liveness = liveness
+        self.settings = settings
+        # Metaflow puts included files beside .metaflow/data.
+        self.reader = Reader(settings.metaflow_dir, [os.path.join(settings.root, "data")])
 
 
-def data_roots(settings: Settings) -> Tuple[str, ...]:
-    """Where included files are besides .metaflow/data: Metaflow puts them beside .metaflow."""
-    return (os.path.join(settings.root, "data"),)
+if TYPE_CHECKING:
+    _UiArgs = Sequence[Tuple[str, str]]
 
 
 # -- rows of runs
@@ -8220,21 +8223,19 @@ def facts_stamp(task: TaskNode, facts: TaskFacts) -> Tuple[int, int]:
     return facts.changed_at, len(task.read)
 
 
-def _still_true(
-    store: Store, liveness: Liveness, run: RunNode, memo: _RunMemo, cheap: bool
-) -> bool:
+def _still_true(site: Site, run: RunNode, memo: _RunMemo, cheap: bool) -> bool:
     if memo.proof:
         if cheap and memo.state is not None and memo.state.status == COMPLETED:
             return True
-        return all([facts_stamp(task, store.facts(task)) == stamp for task, stamp in memo.proof])
-    if liveness.alive(run) or store.signs(run).heartbeat != memo.beat:
+        return all(
+            [facts_stamp(task, site.store.facts(task)) == stamp for task, stamp in memo.proof]
+        )
+    if site.liveness.alive(run) or site.store.signs(run).heartbeat != memo.beat:
         return False
     return time.monotonic() < memo.until
 
 
-async def run_state(
-    store: Store, liveness: Liveness, settings: Settings, run: RunNode, *, cheap: bool = False
-) -> RunStatus:
+async def run_state(site: Site, run: RunNode, *, cheap: bool = False) -> RunStatus:
     """Status, finish and duration of a run by the rules of section 5, remembered where nothing can change it.
 
     A completed run costs one stat; `cheap` saves that too, for judging thousands of runs by a filter whose
@@ -8243,22 +8244,22 @@ async def run_state(
     memo = run.memo
     if not isinstance(memo, _RunMemo):
         memo = run.memo = _RunMemo()
-    if memo.state is not None and _still_true(store, liveness, run, memo, cheap):
+    if memo.state is not None and _still_true(site, run, memo, cheap):
         return memo.state
-    end_name = store.end_step(run)
-    summary, end = RunSummary(end_name), store.step(run, end_name)
+    end_name = site.store.end_step(run)
+    summary, end = RunSummary(end_name), site.store.step(run, end_name)
     proof = []
-    for task in await store.tasks(end) if end else []:
-        facts = store.facts(task)
+    for task in await site.store.tasks(end) if end else []:
+        facts = site.store.facts(task)
         summary.add(end_name, facts)
         proof.append((task, facts_stamp(task, facts)))
     settled = summary.settled
     if not settled:
         pace, summary = Pacer(), RunSummary(end_name)
-        for task, facts in await store.run_facts(run):
+        for task, facts in await site.store.run_facts(run):
             summary.add(task.step.name, facts)
             await pace()
-    alive = liveness.alive(run)
+    alive = site.liveness.alive(run)
 
     def judge() -> RunStatus:
         """The status by what is known now; asked again once the attempts allowed are known too."""
@@ -8267,32 +8268,30 @@ async def run_state(
             run.self_record.get("ts_epoch"),
             summary,
             now_ms(),
-            heartbeat=liveness.heartbeat(run),
+            heartbeat=site.liveness.heartbeat(run),
             alive=alive,
-            lost_at=store.signs(run).lost.get(0),
+            lost_at=site.store.signs(run).lost.get(0),
             allowed=limits.get,
-            cutoff=settings.run_cutoff,
-            local_cutoff=settings.local_cutoff,
+            cutoff=site.settings.run_cutoff,
+            local_cutoff=site.settings.local_cutoff,
         )
 
     state = judge()
     if state.status == RUNNING and summary.failures and not alive and memo.limits is None:
-        memo.limits = await _attempt_limits(store, settings, run)
+        memo.limits = await _attempt_limits(site, run)
         state = judge()
     lasting = state.status != RUNNING and now_ms() - (state.finished_at or 0) > FAILED_FOR_LONG
     memo.state = state if settled or lasting else None
     memo.proof = proof if settled else []
-    memo.beat, memo.until = store.signs(run).heartbeat, time.monotonic() + JUDGE_FAILED
+    memo.beat, memo.until = site.store.signs(run).heartbeat, time.monotonic() + JUDGE_FAILED
     return state
 
 
-async def _attempt_limits(
-    store: Store, settings: Settings, run: RunNode
-) -> Optional[Dict[str, Optional[int]]]:
+async def _attempt_limits(site: Site, run: RunNode) -> Optional[Dict[str, Optional[int]]]:
     """How many attempts each step of the run's graph may have; None while there is no graph."""
-    records = await parameter_records(store, run)
+    records = await parameter_records(site, run)
     try:
-        graph = await in_thread(run_dag, settings.metaflow_dir, records)
+        graph = await site.reader.graph(records)
     except Problem:
         return {}
     if graph is None:
@@ -8300,13 +8299,341 @@ async def _attempt_limits(
     return {name: allowed_attempts(step["decorators"]) for name, step in graph["steps"].items()}
 
 
-async def parameter_records(store: Store, run: RunNode) -> List[Record]:
+async def parameter_records(site: Site, run: RunNode) -> List[Record]:
     """The artifact records of a run's `_parameters` task (parameters and graph), [] when there are none."""
-    step = store.step(run, "_parameters")
+    step = site.store.step(run, "_parameters")
     records: List[Record] = []
-    for task in await store.tasks(step) if step else []:
-        records += await store.artifacts(task)
+    for task in await site.store.tasks(step) if step else []:
+        records += await site.store.artifacts(task)
     return records
+
+
+async def ui_parameters(site: Site, run: RunNode) -> Record:
+    """{name: {"value": value}} of a run, {} while there are none."""
+    records = await parameter_records(site, run)
+    return await site.reader.parameters(records)
+
+
+def _own_number(id: str) -> Optional[str]:
+    """`run_id` or `task_name`: the text of an id that is no number, None for a number."""
+    return None if is_number(id) else id
+
+
+def _list_of(record: Record, key: str) -> List[Any]:
+    """Tags as a list always: the UI's header crashes on null."""
+    tags = record.get(key)
+    return tags if isinstance(tags, list) else []
+
+
+# How each column of a run follows from its record alone. The others need its status.
+RUN_RECORD_COLUMNS: Dict[str, Callable[[RunNode], Any]] = {
+    "flow_id": lambda run: run.flow,
+    "run_number": lambda run: public_id(run.id),
+    "run_id": lambda run: _own_number(run.id),
+    "user_name": lambda run: run.self_record.get("user_name"),
+    "user": lambda run: verified_user(run.self_record),
+    "run": lambda run: run.id,
+    "ts_epoch": lambda run: run.self_record.get("ts_epoch"),
+    "tags": lambda run: _list_of(run.self_record, "tags"),
+    "system_tags": lambda run: _list_of(run.self_record, "system_tags"),
+}
+
+
+def make_run_row(run: RunNode, state: RunStatus, heartbeat: Optional[int]) -> Record:
+    """A row of /runs; heartbeat in s."""
+    record = run.self_record
+    return {
+        "flow_id": run.flow,
+        "run_number": public_id(run.id),
+        "run_id": _own_number(run.id),
+        "user_name": record.get("user_name"),
+        "user": verified_user(record),
+        "run": run.id,
+        "status": state.status,
+        "ts_epoch": record.get("ts_epoch"),
+        "finished_at": state.finished_at,
+        "duration": state.duration,
+        "last_heartbeat_ts": heartbeat,
+        "tags": _list_of(record, "tags"),
+        "system_tags": _list_of(record, "system_tags"),
+    }
+
+
+async def ui_run_row(site: Site, run: RunNode, *, cheap: bool = False) -> Record:
+    """A row of /runs: run_number and null as run_id, or the string id as both; `run` is its text."""
+    state = await run_state(site, run, cheap=cheap)
+    return make_run_row(run, state, site.liveness.heartbeat(run))
+
+
+# -- rows of steps, tasks and what they carry
+
+
+async def ui_step_row(site: Site, step: StepNode, state: RunStatus) -> Record:
+    """A row of .../steps; `state` is the run's. run_id is the text of the run's number here, as recorded."""
+    pace, known, running = Pacer(), [], False
+    for task in await site.store.tasks(step):
+        facts = site.store.facts(task)
+        known.append(facts)
+        if not running and state.status == RUNNING and not attempt_is_over(facts):
+            rows = ui_task_rows(site, task, facts, state)
+            running = rows[-1]["status"] == RUNNING
+        await pace()
+    record, run = step.record or {}, step.run
+    created = record.get("ts_epoch")
+    return {
+        "flow_id": run.flow,
+        "run_number": public_id(run.id),
+        "run_id": run.id,
+        "step_name": step.name,
+        "user_name": record.get("user_name"),
+        "ts_epoch": created,
+        "duration": step_duration(created, known, now_ms(), running=running),
+        "tags": _list_of(run.self_record, "tags"),
+        "system_tags": _list_of(run.self_record, "system_tags"),
+    }
+
+
+class _TaskMemo:
+    """The rows of a task whose newest attempt is over, as long as its facts, heartbeat and run record stay.
+
+    ok: what `_task_ok` artifacts said, by attempt. label: the foreach label, "" for none, None if not known.
+    """
+
+    __slots__ = ("stamp", "beat", "record", "rows", "encoded", "ok", "label")
+
+    def __init__(self) -> None:
+        self.stamp = (-1, -1)
+        self.beat: Optional[int] = None
+        self.record: Optional[Record] = None
+        self.rows: List[Record] = []
+        self.encoded: List[bytes] = []
+        self.ok: Dict[int, Optional[bool]] = {}
+        self.label: Optional[str] = None
+
+
+def attempt_is_over(facts: TaskFacts) -> bool:
+    """Whether Metaflow wrote that the newest attempt is over: then the rows follow from the files alone."""
+    if not facts.attempts:
+        return False
+    last = facts.attempts[max(facts.attempts)]
+    return (
+        last.ok is not None
+        or last.ok_at is not None
+        or last.done_at is not None
+        or last.task_ok_at is not None
+    )
+
+
+def ui_task_rows(
+    site: Site,
+    task: TaskNode,
+    facts: TaskFacts,
+    state: Optional[RunStatus],
+) -> List[Record]:
+    """The rows of a task, one per attempt, oldest first; `facts` fresh from the store, `state` the run's.
+
+    Rows of finished tasks are remembered: do not change them.
+    """
+    memo = task.memo
+    run_record = task.run.record
+    if type(memo) is _TaskMemo:
+        if (
+            memo.rows
+            and memo.stamp == (facts.changed_at, len(task.read))
+            and memo.beat == facts.heartbeat
+            and memo.record is run_record
+        ):
+            return memo.rows
+    else:
+        memo = task.memo = _TaskMemo()
+    statuses = attempt_rows(
+        facts, now_ms(), lambda attempt: site.liveness.alive(task, attempt),
+        run_ended=None if state is None else state.status != RUNNING,
+        run_finished_at=None if state is None else state.finished_at,
+        task_ok=memo.ok.get, parameters=task.step.name == "_parameters", cutoff=site.settings.run_cutoff,
+        local_cutoff=site.settings.local_cutoff,
+    )  # fmt: skip
+    rows = [
+        _ui_attempt_row(task, facts, status, site.liveness.heartbeat(task)) for status in statuses
+    ]
+    memo.encoded = []
+    if attempt_is_over(facts):
+        memo.stamp, memo.beat = facts_stamp(task, facts), facts.heartbeat
+        memo.record, memo.rows = run_record, rows
+    else:
+        memo.rows = []
+    return rows
+
+
+def _ui_attempt_row(
+    task: TaskNode, facts: TaskFacts, status: AttemptStatus, heartbeat: Optional[int]
+) -> Record:
+    run, record = task.run, task.self_record
+    attempt = facts.attempts.get(status.attempt_id)
+    task_ok = attempt.task_ok_record if attempt is not None and attempt.ok_at is None else None
+    return {
+        "flow_id": run.flow,
+        "run_number": public_id(run.id),
+        "run_id": _own_number(run.id),
+        "step_name": task.step.name,
+        "task_id": public_id(task.id),
+        "task_name": _own_number(task.id),
+        "user_name": record.get("user_name"),
+        "status": status.status,
+        "task_ok": task_ok.get("location") if task_ok else None,
+        "ts_epoch": record.get("ts_epoch"),
+        "started_at": status.started_at,
+        "finished_at": status.finished_at,
+        "duration": status.duration,
+        "attempt_id": status.attempt_id,
+        "tags": _list_of(run.self_record, "tags"),
+        "system_tags": _list_of(run.self_record, "system_tags"),
+        "last_heartbeat_ts": heartbeat,
+    }
+
+
+def encoded_task_rows(task: TaskNode, rows: List[Record]) -> List[bytes]:
+    """`ui_task_rows`' rows as JSON; encoded once for those that are remembered."""
+    memo = task.memo
+    if type(memo) is _TaskMemo and memo.rows is rows:
+        if not memo.encoded:
+            memo.encoded = [dumps(row) for row in rows]
+        return memo.encoded
+    return [dumps(row) for row in rows]
+
+
+async def ui_task_details(
+    site: Site,
+    task: TaskNode,
+    facts: TaskFacts,
+    state: Optional[RunStatus],
+) -> List[Record]:
+    """`ui_task_rows` and what `postprocess=true` adds: `unknown` settled by `_task_ok`, `foreach_label`."""
+    rows = ui_task_rows(site, task, facts, state)
+    memo = task.memo
+    asked = False
+    for row in rows:
+        number = row["attempt_id"]
+        attempt = facts.attempts.get(number)
+        if (
+            row["status"] == UNKNOWN
+            and number not in memo.ok
+            and attempt is not None
+            and attempt.task_ok_record
+        ):
+            record = {**attempt.task_ok_record, "flow_id": task.run.flow, "attempt_id": number}
+            value = (await site.reader.values([record]))[0]
+            memo.ok[number] = value if isinstance(value, bool) else None
+            asked = True
+    if asked:
+        memo.rows = []
+        rows = ui_task_rows(site, task, facts, state)
+    label = await _label_of(site, task, facts)
+    return [{**row, "foreach_label": label} for row in rows] if label else rows
+
+
+async def _label_of(site: Site, task: TaskNode, facts: TaskFacts) -> str:
+    """`<task id>[<index>]`, "" outside of a foreach; from metadata, for older Metaflow from an artifact."""
+    memo = task.memo
+    if memo.label is not None:
+        return str(memo.label)
+    over, label = attempt_is_over(facts), None
+    if facts.foreach_stack is None and (not over or _tells_foreach(task.run)):
+        if over:
+            memo.label = ""
+        return ""
+    for record in await site.store.metadata(task) if facts.foreach_stack is not None else []:
+        if record.get("field_name") == "foreach-execution-path":
+            label = foreach_label(task.id, execution_path=record.get("value"))
+            break
+    if label is None:
+        for record in await site.store.artifacts(task):
+            if record["name"] == "_foreach_stack":
+                stack = (await site.reader.values([record]))[0]
+                label = foreach_label(task.id, stack=stack)
+                break
+    if label is not None or over:
+        memo.label = label or ""
+    return label or ""
+
+
+_METAFLOW_VERSION = re.compile(r"metaflow_version:(\d+)\.(\d+)\.(\d+)")
+
+
+def _tells_foreach(run: RunNode) -> bool:
+    """Whether the run's Metaflow writes the foreach stack of every task as metadata: from 2.14.1 on."""
+    for tag in _list_of(run.self_record, "system_tags"):
+        found = _METAFLOW_VERSION.match(tag) if isinstance(tag, str) else None
+        if found:
+            return tuple(int(part) for part in found.groups()) >= (2, 14, 1)
+    return False
+
+
+def ui_metadata_row(record: Record) -> Record:
+    """A row of .../metadata; attempt_id from the record's `attempt_id:N` tag, null without one."""
+    run, task = str(record.get("run_number")), str(record.get("task_id"))
+    return {
+        "id": record.get("id"),
+        "flow_id": record.get("flow_id"),
+        "run_number": public_id(run),
+        "run_id": _own_number(run),
+        "step_name": record.get("step_name"),
+        "task_id": public_id(task),
+        "task_name": _own_number(task),
+        "attempt_id": attempt_of_tags(record.get("tags")),
+        "field_name": str(record.get("field_name")),  # the UI's task page crashes on null
+        "value": value_text(record.get("value")),
+        "type": record.get("type"),
+        "user_name": record.get("user_name"),
+        "ts_epoch": record.get("ts_epoch"),
+        "tags": record.get("tags"),
+        "system_tags": record.get("system_tags"),
+    }
+
+
+def ui_artifact_row(record: Record, run: RunNode) -> Record:
+    """A row of .../artifacts; tags are the run's."""
+    task = str(record.get("task_id"))
+    return {
+        "flow_id": run.flow,
+        "run_number": public_id(run.id),
+        "run_id": _own_number(run.id),
+        "step_name": record.get("step_name"),
+        "task_id": public_id(task),
+        "task_name": _own_number(task),
+        "name": record.get("name"),
+        "location": record.get("location"),
+        "ds_type": record.get("ds_type"),
+        "sha": record.get("sha"),
+        "type": record.get("type"),
+        "content_type": record.get("content_type"),
+        "user_name": record.get("user_name"),
+        "attempt_id": record.get("attempt_id"),
+        "ts_epoch": record.get("ts_epoch"),
+        "tags": _list_of(run.self_record, "tags"),
+        "system_tags": _list_of(run.self_record, "system_tags"),
+    }
+
+
+def asks_for_local_artifacts(args: _UiArgs) -> bool:
+    """Whether this is the UI's question if a run keeps its artifacts locally (`?ds_type=local&_limit=1`).
+
+    It warns that they cannot be shown when the answer is not empty. Here they can, so the answer to exactly
+    this question, on a run, is that there are none.
+    """
+    return sorted(args) == [("_limit", "1"), ("ds_type", "local")]
+
+
+# ---- 12. Metadata API: what Metaflow's client asks (metaflow-service, its metadata part) ----
+
+
+async def encode_list(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """A JSON list, encoded in slices so that a long one does not hold up the other clients."""
+    pace, parts = Pacer(), []
+    for row in rows:
+        parts.append(dumps(row))
+        await pace()
+    return b"[" + b", ".join(parts) + b"]"
 
 
 # -- handlers
@@ -8315,10 +8642,10 @@ async def parameter_records(store: Store, run: RunNode) -> List[Record]:
 class MetadataApi:
     """Handlers of every route of the metadata service; each reads or writes the store and builds one answer."""
 
-    def __init__(self, store: Store, liveness: Liveness, settings: Settings) -> None:
-        self.store = store
-        self.liveness = liveness
-        self.settings = settings
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.store = site.store
+        self.liveness = site.liveness
 
     # -- finding
 
@@ -8416,9 +8743,7 @@ class MetadataApi:
         for run in runs:
             row = self.run_row(run)
             if "status" in filters.columns:
-                row["status"] = (
-                    await run_state(self.store, self.liveness, self.settings, run)
-                ).status
+                row["status"] = (await run_state(self.site, run)).status
             if not filters or matches(
                 dict(row, run_id=None if is_number(run.id) else run.id), filters
             ):
@@ -8827,338 +9152,7 @@ def register_metadata_routes(router: Router, api: MetadataApi) -> None:
         router.add("GET", f"{prefix}/healthcheck", lambda request: up)
 
 
-# ---- 12. Subscriptions: the rows of the UI, and who is told of which ----
-
-
-if TYPE_CHECKING:
-    _UiArgs = Sequence[Tuple[str, str]]
-
-
-async def ui_parameters(store: Store, settings: Settings, run: RunNode) -> Record:
-    """{name: {"value": value}} of a run, {} while there are none."""
-    records = await parameter_records(store, run)
-    return await in_thread(
-        run_parameters, settings.metaflow_dir, records, data_roots=data_roots(settings)
-    )
-
-
-def _own_number(id: str) -> Optional[str]:
-    """`run_id` or `task_name`: the text of an id that is no number, None for a number."""
-    return None if is_number(id) else id
-
-
-def _list_of(record: Record, key: str) -> List[Any]:
-    """Tags as a list always: the UI's header crashes on null."""
-    tags = record.get(key)
-    return tags if isinstance(tags, list) else []
-
-
-# How each column of a run follows from its record alone. The others need its status.
-RUN_RECORD_COLUMNS: Dict[str, Callable[[RunNode], Any]] = {
-    "flow_id": lambda run: run.flow,
-    "run_number": lambda run: public_id(run.id),
-    "run_id": lambda run: _own_number(run.id),
-    "user_name": lambda run: run.self_record.get("user_name"),
-    "user": lambda run: verified_user(run.self_record),
-    "run": lambda run: run.id,
-    "ts_epoch": lambda run: run.self_record.get("ts_epoch"),
-    "tags": lambda run: _list_of(run.self_record, "tags"),
-    "system_tags": lambda run: _list_of(run.self_record, "system_tags"),
-}
-
-
-def make_run_row(run: RunNode, state: RunStatus, heartbeat: Optional[int]) -> Record:
-    """A row of /runs; heartbeat in s."""
-    record = run.self_record
-    return {
-        "flow_id": run.flow,
-        "run_number": public_id(run.id),
-        "run_id": _own_number(run.id),
-        "user_name": record.get("user_name"),
-        "user": verified_user(record),
-        "run": run.id,
-        "status": state.status,
-        "ts_epoch": record.get("ts_epoch"),
-        "finished_at": state.finished_at,
-        "duration": state.duration,
-        "last_heartbeat_ts": heartbeat,
-        "tags": _list_of(record, "tags"),
-        "system_tags": _list_of(record, "system_tags"),
-    }
-
-
-async def ui_run_row(
-    store: Store, liveness: Liveness, settings: Settings, run: RunNode, *, cheap: bool = False
-) -> Record:
-    """A row of /runs: run_number and null as run_id, or the string id as both; `run` is its text."""
-    state = await run_state(store, liveness, settings, run, cheap=cheap)
-    return make_run_row(run, state, liveness.heartbeat(run))
-
-
-# -- rows of steps, tasks and what they carry
-
-
-async def ui_step_row(
-    store: Store, liveness: Liveness, settings: Settings, step: StepNode, state: RunStatus
-) -> Record:
-    """A row of .../steps; `state` is the run's. run_id is the text of the run's number here, as recorded."""
-    pace, known, running = Pacer(), [], False
-    for task in await store.tasks(step):
-        facts = store.facts(task)
-        known.append(facts)
-        if not running and state.status == RUNNING and not _is_over(facts):
-            rows = ui_task_rows(store, liveness, settings, task, facts, state)
-            running = rows[-1]["status"] == RUNNING
-        await pace()
-    record, run = step.record or {}, step.run
-    created = record.get("ts_epoch")
-    return {
-        "flow_id": run.flow,
-        "run_number": public_id(run.id),
-        "run_id": run.id,
-        "step_name": step.name,
-        "user_name": record.get("user_name"),
-        "ts_epoch": created,
-        "duration": step_duration(created, known, now_ms(), running=running),
-        "tags": _list_of(run.self_record, "tags"),
-        "system_tags": _list_of(run.self_record, "system_tags"),
-    }
-
-
-class _TaskMemo:
-    """The rows of a task whose newest attempt is over, as long as its facts, heartbeat and run record stay.
-
-    ok: what `_task_ok` artifacts said, by attempt. label: the foreach label, "" for none, None if not known.
-    """
-
-    __slots__ = ("stamp", "beat", "record", "rows", "encoded", "ok", "label")
-
-    def __init__(self) -> None:
-        self.stamp = (-1, -1)
-        self.beat: Optional[int] = None
-        self.record: Optional[Record] = None
-        self.rows: List[Record] = []
-        self.encoded: List[bytes] = []
-        self.ok: Dict[int, Optional[bool]] = {}
-        self.label: Optional[str] = None
-
-
-def _is_over(facts: TaskFacts) -> bool:
-    """Whether Metaflow wrote that the newest attempt is over: then the rows follow from the files alone."""
-    if not facts.attempts:
-        return False
-    last = facts.attempts[max(facts.attempts)]
-    return (
-        last.ok is not None
-        or last.ok_at is not None
-        or last.done_at is not None
-        or last.task_ok_at is not None
-    )
-
-
-def ui_task_rows(
-    store: Store,
-    liveness: Liveness,
-    settings: Settings,
-    task: TaskNode,
-    facts: TaskFacts,
-    state: Optional[RunStatus],
-) -> List[Record]:
-    """The rows of a task, one per attempt, oldest first; `facts` fresh from the store, `state` the run's.
-
-    Rows of finished tasks are remembered: do not change them.
-    """
-    memo = task.memo
-    run_record = task.run.record
-    if type(memo) is _TaskMemo:
-        if (
-            memo.rows
-            and memo.stamp == (facts.changed_at, len(task.read))
-            and memo.beat == facts.heartbeat
-            and memo.record is run_record
-        ):
-            return memo.rows
-    else:
-        memo = task.memo = _TaskMemo()
-    statuses = attempt_rows(
-        facts, now_ms(), lambda attempt: liveness.alive(task, attempt),
-        run_ended=None if state is None else state.status != RUNNING,
-        run_finished_at=None if state is None else state.finished_at,
-        task_ok=memo.ok.get, parameters=task.step.name == "_parameters", cutoff=settings.run_cutoff,
-        local_cutoff=settings.local_cutoff,
-    )  # fmt: skip
-    rows = [_ui_attempt_row(task, facts, status, liveness.heartbeat(task)) for status in statuses]
-    memo.encoded = []
-    if _is_over(facts):
-        memo.stamp, memo.beat = facts_stamp(task, facts), facts.heartbeat
-        memo.record, memo.rows = run_record, rows
-    else:
-        memo.rows = []
-    return rows
-
-
-def _ui_attempt_row(
-    task: TaskNode, facts: TaskFacts, status: AttemptStatus, heartbeat: Optional[int]
-) -> Record:
-    run, record = task.run, task.self_record
-    attempt = facts.attempts.get(status.attempt_id)
-    task_ok = attempt.task_ok_record if attempt is not None and attempt.ok_at is None else None
-    return {
-        "flow_id": run.flow,
-        "run_number": public_id(run.id),
-        "run_id": _own_number(run.id),
-        "step_name": task.step.name,
-        "task_id": public_id(task.id),
-        "task_name": _own_number(task.id),
-        "user_name": record.get("user_name"),
-        "status": status.status,
-        "task_ok": task_ok.get("location") if task_ok else None,
-        "ts_epoch": record.get("ts_epoch"),
-        "started_at": status.started_at,
-        "finished_at": status.finished_at,
-        "duration": status.duration,
-        "attempt_id": status.attempt_id,
-        "tags": _list_of(run.self_record, "tags"),
-        "system_tags": _list_of(run.self_record, "system_tags"),
-        "last_heartbeat_ts": heartbeat,
-    }
-
-
-def encoded_task_rows(task: TaskNode, rows: List[Record]) -> List[bytes]:
-    """`ui_task_rows`' rows as JSON; encoded once for those that are remembered."""
-    memo = task.memo
-    if type(memo) is _TaskMemo and memo.rows is rows:
-        if not memo.encoded:
-            memo.encoded = [dumps(row) for row in rows]
-        return memo.encoded
-    return [dumps(row) for row in rows]
-
-
-async def ui_task_details(
-    store: Store,
-    liveness: Liveness,
-    settings: Settings,
-    task: TaskNode,
-    facts: TaskFacts,
-    state: Optional[RunStatus],
-) -> List[Record]:
-    """`ui_task_rows` and what `postprocess=true` adds: `unknown` settled by `_task_ok`, `foreach_label`."""
-    rows = ui_task_rows(store, liveness, settings, task, facts, state)
-    memo = task.memo
-    asked = False
-    for row in rows:
-        number = row["attempt_id"]
-        attempt = facts.attempts.get(number)
-        if (
-            row["status"] == UNKNOWN
-            and number not in memo.ok
-            and attempt is not None
-            and attempt.task_ok_record
-        ):
-            record = {**attempt.task_ok_record, "flow_id": task.run.flow, "attempt_id": number}
-            value = await in_thread(read_artifact, settings.metaflow_dir, record)
-            memo.ok[number] = value.value if isinstance(value.value, bool) else None
-            asked = True
-    if asked:
-        memo.rows = []
-        rows = ui_task_rows(store, liveness, settings, task, facts, state)
-    label = await _label_of(store, settings, task, facts)
-    return [{**row, "foreach_label": label} for row in rows] if label else rows
-
-
-async def _label_of(store: Store, settings: Settings, task: TaskNode, facts: TaskFacts) -> str:
-    """`<task id>[<index>]`, "" outside of a foreach; from metadata, for older Metaflow from an artifact."""
-    memo = task.memo
-    if memo.label is not None:
-        return str(memo.label)
-    over, label = _is_over(facts), None
-    if facts.foreach_stack is None and (not over or _tells_foreach(task.run)):
-        if over:
-            memo.label = ""
-        return ""
-    for record in await store.metadata(task) if facts.foreach_stack is not None else []:
-        if record.get("field_name") == "foreach-execution-path":
-            label = foreach_label(task.id, execution_path=record.get("value"))
-            break
-    if label is None:
-        for record in await store.artifacts(task):
-            if record["name"] == "_foreach_stack":
-                value = await in_thread(read_artifact, settings.metaflow_dir, record)
-                label = foreach_label(task.id, stack=value.value)
-                break
-    if label is not None or over:
-        memo.label = label or ""
-    return label or ""
-
-
-_METAFLOW_VERSION = re.compile(r"metaflow_version:(\d+)\.(\d+)\.(\d+)")
-
-
-def _tells_foreach(run: RunNode) -> bool:
-    """Whether the run's Metaflow writes the foreach stack of every task as metadata: from 2.14.1 on."""
-    for tag in _list_of(run.self_record, "system_tags"):
-        found = _METAFLOW_VERSION.match(tag) if isinstance(tag, str) else None
-        if found:
-            return tuple(int(part) for part in found.groups()) >= (2, 14, 1)
-    return False
-
-
-def ui_metadata_row(record: Record) -> Record:
-    """A row of .../metadata; attempt_id from the record's `attempt_id:N` tag, null without one."""
-    run, task = str(record.get("run_number")), str(record.get("task_id"))
-    return {
-        "id": record.get("id"),
-        "flow_id": record.get("flow_id"),
-        "run_number": public_id(run),
-        "run_id": _own_number(run),
-        "step_name": record.get("step_name"),
-        "task_id": public_id(task),
-        "task_name": _own_number(task),
-        "attempt_id": attempt_of_tags(record.get("tags")),
-        "field_name": str(record.get("field_name")),  # the UI's task page crashes on null
-        "value": value_text(record.get("value")),
-        "type": record.get("type"),
-        "user_name": record.get("user_name"),
-        "ts_epoch": record.get("ts_epoch"),
-        "tags": record.get("tags"),
-        "system_tags": record.get("system_tags"),
-    }
-
-
-def ui_artifact_row(record: Record, run: RunNode) -> Record:
-    """A row of .../artifacts; tags are the run's."""
-    task = str(record.get("task_id"))
-    return {
-        "flow_id": run.flow,
-        "run_number": public_id(run.id),
-        "run_id": _own_number(run.id),
-        "step_name": record.get("step_name"),
-        "task_id": public_id(task),
-        "task_name": _own_number(task),
-        "name": record.get("name"),
-        "location": record.get("location"),
-        "ds_type": record.get("ds_type"),
-        "sha": record.get("sha"),
-        "type": record.get("type"),
-        "content_type": record.get("content_type"),
-        "user_name": record.get("user_name"),
-        "attempt_id": record.get("attempt_id"),
-        "ts_epoch": record.get("ts_epoch"),
-        "tags": _list_of(run.self_record, "tags"),
-        "system_tags": _list_of(run.self_record, "system_tags"),
-    }
-
-
-def asks_for_local_artifacts(args: _UiArgs) -> bool:
-    """Whether this is the UI's question if a run keeps its artifacts locally (`?ds_type=local&_limit=1`).
-
-    It warns that they cannot be shown when the answer is not empty. Here they can, so the answer to exactly
-    this question, on a run, is that there are none.
-    """
-    return sorted(args) == [("_limit", "1"), ("ds_type", "local")]
-
-
-# -- subscriptions
+# ---- 13. Live: subscriptions to what changes ----
 
 
 if TYPE_CHECKING:
@@ -9347,14 +9341,11 @@ class Subscriptions:
 
     def __init__(
         self,
-        store: Store,
-        liveness: Liveness,
-        settings: Settings,
+        site: Site,
         log: Optional[Callable[[str], None]] = None,
     ) -> None:
-        self._store = store
-        self._liveness = liveness
-        self._settings = settings
+        self._site = site
+        self._store = site.store
         self._log = log or (lambda text: None)
         self._index: Dict[Tuple[str, Optional[str], Optional[str]], Dict[_Subscription, None]] = {}
         self._count = 0
@@ -9362,7 +9353,7 @@ class Subscriptions:
         self._wake: Optional[asyncio.Event] = None
         self._tasks: List[asyncio.Task[None]] = []
         self._forget()
-        store.listeners.append(self._listen)
+        site.store.listeners.append(self._listen)
 
     def runs(self) -> Set[RunNode]:
         """The runs that somebody has open."""
@@ -9665,7 +9656,7 @@ class Subscriptions:
         now = time.monotonic()
         if known is not None and not fresh and now - known[0] < 1.0:
             return known[1]
-        state = await run_state(self._store, self._liveness, self._settings, run)
+        state = await run_state(self._site, run)
         if len(self._states) > 1000:
             self._states.clear()
         self._states[run] = (time.monotonic(), state)
@@ -9687,7 +9678,7 @@ class Subscriptions:
         if tasks and (before is None or before[1].status != state.status):
             await self._judge_tasks(run, state)
         known = key in self._sent
-        row = make_run_row(run, state, self._liveness.heartbeat(run))
+        row = make_run_row(run, state, self._site.liveness.heartbeat(run))
         if quiet and not known and state.status != RUNNING:
             self._remember(key, row)
         elif self._differs(key, row, quiet):
@@ -9704,7 +9695,7 @@ class Subscriptions:
         ]
         if subscriptions and ("steps", step) not in self._sent:
             state = await self._state(run)
-            row = await ui_step_row(self._store, self._liveness, self._settings, step, state)
+            row = await ui_step_row(self._site, step, state)
             if self._differs(("steps", step), row):
                 self._send(subscriptions, "INSERT", row)
 
@@ -9714,10 +9705,8 @@ class Subscriptions:
         key = ("tasks", task)
         if subscriptions:
             facts = self._store.facts(task)
-            state = None if _is_over(facts) else await self._state(task.run)
-            rows = await ui_task_details(
-                self._store, self._liveness, self._settings, task, facts, state
-            )
+            state = None if attempt_is_over(facts) else await self._state(task.run)
+            rows = await ui_task_details(self._site, task, facts, state)
             sent = self._sent.setdefault(key, {})
             for row in rows:
                 number, last = row["attempt_id"], row is rows[-1]
@@ -9764,13 +9753,8 @@ class Subscriptions:
                 row = ui_artifact_row(record, task.run)
                 self._send(plain, "INSERT", row)
                 if full:
-                    content = await in_thread(
-                        artifact_content,
-                        self._settings.metaflow_dir,
-                        record,
-                        data_roots=data_roots(self._settings),
-                    )
-                    self._send(full, "INSERT", {**row, **content})
+                    contents = await self._site.reader.contents([record])
+                    self._send(full, "INSERT", {**row, **contents[0]})
             await pace()
 
     def _unseen(self, kind: str, task: TaskNode, records: Iterable[Record]) -> List[Record]:
@@ -9807,7 +9791,7 @@ class Subscriptions:
     async def _tell_parameters(self, run: RunNode) -> None:
         subscriptions = self._index.get(("parameters", run.flow, run.id))
         if subscriptions:
-            row = await ui_parameters(self._store, self._settings, run)
+            row = await ui_parameters(self._site, run)
             if row and self._differs(("parameters", run), row):
                 self._send(list(subscriptions), "UPDATE", row)
 
@@ -9841,7 +9825,7 @@ class Subscriptions:
             for run in runs[:WATCHED_RUNS]:
                 state = await self._state(run)
                 self._remember(
-                    ("runs", run), make_run_row(run, state, self._liveness.heartbeat(run))
+                    ("runs", run), make_run_row(run, state, self._site.liveness.heartbeat(run))
                 )
                 if state.status != COMPLETED:
                     self._recent[run] = time.monotonic() + JUDGE_INTERVAL
@@ -9864,11 +9848,13 @@ class Subscriptions:
             self._looks[run] = look
         state = await self._state(run)
         if target.kind == "runs":
-            self._remember(("runs", run), make_run_row(run, state, self._liveness.heartbeat(run)))
+            self._remember(
+                ("runs", run), make_run_row(run, state, self._site.liveness.heartbeat(run))
+            )
         elif target.kind == "tasks":
             await self._baseline_tasks(subscription, look, state)
         elif target.kind == "parameters":
-            row = await ui_parameters(self._store, self._settings, run)
+            row = await ui_parameters(self._site, run)
             if row:
                 self._remember(("parameters", run), row)
         elif target.kind in _ROW_KINDS and not self._is_ours(run):
@@ -9880,10 +9866,8 @@ class Subscriptions:
         pace = Pacer()
         for task in list(look.tasks):
             facts = task.facts
-            if facts is not None and not _is_over(facts) and subscription.covers(task):
-                rows = await ui_task_details(
-                    self._store, self._liveness, self._settings, task, facts, state
-                )
+            if facts is not None and not attempt_is_over(facts) and subscription.covers(task):
+                rows = await ui_task_details(self._site, task, facts, state)
                 sent = self._sent.setdefault(("tasks", task), {})
                 for row in rows:
                     sent.setdefault(row["attempt_id"], (_row_mark(row), False))
@@ -9902,7 +9886,11 @@ class Subscriptions:
     def _is_settled(self, task: TaskNode) -> bool:
         """Whether a task finished so long ago that nothing more is written about it."""
         facts = task.facts
-        if facts is None or not _is_over(facts) or now_ms() - facts.changed_at < SETTLED_AFTER:
+        if (
+            facts is None
+            or not attempt_is_over(facts)
+            or now_ms() - facts.changed_at < SETTLED_AFTER
+        ):
             return False
         return (
             facts.attempts[max(facts.attempts)].ok is not False
@@ -9915,7 +9903,7 @@ class Subscriptions:
         return (
             signs.heartbeat is not None
             or signs.lease is not None
-            or self._liveness.alive(run) is True
+            or self._site.liveness.alive(run) is True
         )
 
     async def _replay(self, subscription: _Subscription, since: float) -> None:
@@ -9963,7 +9951,9 @@ class Subscriptions:
         changed = max(_run_changed(run), state.finished_at or 0)
         if state.status == RUNNING or changed >= begin:
             kind = "INSERT" if (run.self_record.get("ts_epoch") or 0) >= begin else "UPDATE"
-            found.append((changed, kind, make_run_row(run, state, self._liveness.heartbeat(run))))
+            found.append(
+                (changed, kind, make_run_row(run, state, self._site.liveness.heartbeat(run)))
+            )
 
     async def _replay_run(
         self,
@@ -9977,16 +9967,14 @@ class Subscriptions:
         if kind == "runs":
             await self._replay_one_run(run, begin, found)
         elif kind == "parameters":
-            row = await ui_parameters(self._store, self._settings, run)
+            row = await ui_parameters(self._site, run)
             if row:
                 found.append((0, "UPDATE", row))
         elif kind == "steps":
             for step in self._store.steps(run):
                 created = (step.record or {}).get("ts_epoch") or 0
                 if created >= begin and subscription.only_step in (None, step.name):
-                    row = await ui_step_row(
-                        self._store, self._liveness, self._settings, step, state
-                    )
+                    row = await ui_step_row(self._site, step, state)
                     found.append((created, "INSERT", row))
         else:
             for task, facts in await self._store.run_facts(run):
@@ -10003,15 +9991,13 @@ class Subscriptions:
         begin: int,
         found: List[Tuple[int, str, Record]],
     ) -> None:
-        if facts.changed_at < begin and _is_over(facts):
+        if facts.changed_at < begin and attempt_is_over(facts):
             return
         target = subscription.target
         if target is None:
             return
         if target.kind == "tasks":
-            rows = await ui_task_details(
-                self._store, self._liveness, self._settings, task, facts, state
-            )
+            rows = await ui_task_details(self._site, task, facts, state)
             for row in rows[-1:] if target.newest else rows:
                 began = row["started_at"] or row["ts_epoch"] or 0
                 changed = max(began, row["finished_at"] or 0)
@@ -10026,9 +10012,7 @@ class Subscriptions:
             if written >= begin:
                 row = ui_metadata_row(record) if metadata else ui_artifact_row(record, task.run)
                 if subscription.contents and not metadata:
-                    row.update(
-                        await in_thread(artifact_content, self._settings.metaflow_dir, record)
-                    )
+                    row.update((await self._site.reader.contents([record]))[0])
                 found.append((written, "INSERT", row))
 
     # -- what no event tells
@@ -10141,7 +10125,7 @@ def _unfinished_tasks(run: RunNode) -> List[TaskNode]:
         task
         for step in list(run.children.values())
         for task in list(step.children.values())
-        if task.record is not None and (task.facts is None or not _is_over(task.facts))
+        if task.record is not None and (task.facts is None or not attempt_is_over(task.facts))
     ]
 
 
@@ -10191,7 +10175,7 @@ async def ui_socket(subscriptions: Subscriptions, socket: UiSocket) -> None:
         subscriptions.disconnect(client)
 
 
-# ---- 13. UI API: what the official Metaflow UI asks (metaflow-service, its UI backend) ----
+# ---- 14. UI API: what the official Metaflow UI asks (metaflow-service, its UI backend) ----
 LOG_LIMIT, MAX_LOG_LIMIT = 1000, 10_000  # rows of a log page, as the UI backend has them
 
 FEATURES = {
@@ -10256,18 +10240,15 @@ def _plain_values(args: Sequence[Tuple[str, str]], field: str) -> Optional[Set[s
 class UiApi:
     """Handlers of every route of the UI backend: each collects rows, section 6 filters and pages them."""
 
-    def __init__(self, store: Store, liveness: Liveness, settings: Settings) -> None:
-        self.store = store
-        self.liveness = liveness
-        self.settings = settings
-        self.more_card_roots: List[
-            str
-        ] = []  # where the flows of living and former wrappers put theirs
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.store = site.store
+        self.settings = site.settings
         self._listed: Dict[RunNode, Tuple[float, List[Row]]] = {}
         self._walks: Dict[
             RunNode, bool
         ] = {}  # runs whose tasks are being listed -> whether they changed meanwhile
-        store.listeners.append(self._changed)
+        site.store.listeners.append(self._changed)
 
     def runs(self) -> Set[RunNode]:
         """The runs whose rows are in hand."""
@@ -10310,7 +10291,7 @@ class UiApi:
         return tasks
 
     async def _state(self, run: RunNode) -> RunStatus:
-        return await run_state(self.store, self.liveness, self.settings, run)
+        return await run_state(self.site, run)
 
     # -- lists in general
 
@@ -10394,7 +10375,7 @@ class UiApi:
             picked = [view[""] for view in views]
         pace, shown = Pacer(), []
         for run in await self.store.check(picked):
-            shown.append(dumps(await ui_run_row(self.store, self.liveness, self.settings, run)))
+            shown.append(dumps(await ui_run_row(self.site, run)))
             await pace()
         return await ui_list(request, shown, page=query.page, has_more=more)
 
@@ -10428,7 +10409,7 @@ class UiApi:
         rows: List[Row] = []
         for run in runs:
             if whole:
-                row = await ui_run_row(self.store, self.liveness, self.settings, run, cheap=True)
+                row = await ui_run_row(self.site, run, cheap=True)
                 if not matches(row, query.filters):
                     continue
             else:
@@ -10445,7 +10426,7 @@ class UiApi:
         run = self._run(request)
         if run is None:
             return ui_one(request, {}, 404)
-        return ui_one(request, await ui_run_row(self.store, self.liveness, self.settings, run))
+        return ui_one(request, await ui_run_row(self.site, run))
 
     async def get_parameters(self, request: Request) -> Response:
         """GET .../runs/{run}/parameters: an object {name: {"value"}}."""
@@ -10456,17 +10437,17 @@ class UiApi:
                 f"there is no run {request.params['flow']}/{request.params['run']}",
                 id="run-not-found",
             )
-        return ui_one(request, await ui_parameters(self.store, self.settings, run))
+        return ui_one(request, await ui_parameters(self.site, run))
 
     async def get_dag(self, request: Request) -> Response:
         """GET .../runs/{run}/dag: `_graph_info`, or without one a graph of the steps that have begun."""
         run = self._run(request)
         if run is None:
             return ui_one(request, {}, 404)
-        records = await parameter_records(self.store, run)
+        records = await parameter_records(self.site, run)
         steps, pace, graph = [], Pacer(), None
         if any(record["name"] == "_graph_info" for record in records):
-            graph = await in_thread(run_dag, self.settings.metaflow_dir, records)
+            graph = await self.site.reader.graph(records)
         if graph is None:
             for step in self.store.steps(run):
                 tasks = await self.store.tasks(step)
@@ -10476,7 +10457,7 @@ class UiApi:
                         (step.name, foreach_depth(stack=self.store.facts(tasks[-1]).foreach_stack))
                     )
                 await pace()
-            graph = await in_thread(run_dag, self.settings.metaflow_dir, records, steps)
+            graph = await self.site.reader.graph(records, steps)
         return ui_one(request, {}, 404) if graph is None else ui_one(request, graph)
 
     # -- steps
@@ -10488,9 +10469,7 @@ class UiApi:
         if run is not None:
             state = await self._state(run)
             for step in reversed(self.store.steps(run)):
-                rows.append(
-                    await ui_step_row(self.store, self.liveness, self.settings, step, state)
-                )
+                rows.append(await ui_step_row(self.site, step, state))
         return await self._answer(request, "steps", rows)
 
     async def get_step(self, request: Request) -> Response:
@@ -10499,9 +10478,7 @@ class UiApi:
         if step is None:
             return ui_one(request, {}, 404)
         state = await self._state(step.run)
-        return ui_one(
-            request, await ui_step_row(self.store, self.liveness, self.settings, step, state)
-        )
+        return ui_one(request, await ui_step_row(self.site, step, state))
 
     # -- tasks
 
@@ -10557,7 +10534,7 @@ class UiApi:
         rows: List[Row] = []
         pace = Pacer()
         for place, (task, facts) in enumerate(pairs):
-            rows += ui_task_rows(self.store, self.liveness, self.settings, task, facts, state)
+            rows += ui_task_rows(self.site, task, facts, state)
             if not place & 63:
                 await pace()
         rows.reverse()  # attempts come oldest first, and a stable sort leaves those of one task as they are
@@ -10583,9 +10560,7 @@ class UiApi:
         task = run.children[row["step_name"]].children.get(str(row["task_id"]))
         if task is not None and details:
             facts = self.store.facts(task)
-            for known in await ui_task_details(
-                self.store, self.liveness, self.settings, task, facts, state
-            ):
+            for known in await ui_task_details(self.site, task, facts, state):
                 if known["attempt_id"] == row["attempt_id"]:
                     return dumps(known)
         if task is not None:
@@ -10599,11 +10574,9 @@ class UiApi:
             return ui_one(request, {}, 404)
         state, facts = await self._state(task.run), self.store.facts(task)
         if request.arg("postprocess") == "true":
-            rows = await ui_task_details(
-                self.store, self.liveness, self.settings, task, facts, state
-            )
+            rows = await ui_task_details(self.site, task, facts, state)
         else:
-            rows = ui_task_rows(self.store, self.liveness, self.settings, task, facts, state)
+            rows = ui_task_rows(self.site, task, facts, state)
         return ui_one(request, rows[-1])
 
     # -- metadata and artifacts
@@ -10632,12 +10605,7 @@ class UiApi:
             await pace()
         picked, query, more = await self._listed_page(request, "artifacts", rows, _NEWEST_ATTEMPT)
         if request.arg("postprocess") == "true":
-            contents = await in_thread(
-                artifact_contents,
-                self.settings.metaflow_dir,
-                picked,
-                data_roots=data_roots(self.settings),
-            )
+            contents = await self.site.reader.contents(picked)
             picked = [{**row, **content} for row, content in zip(picked, contents)]
         return await ui_list(request, await _encoded(picked), page=query.page, has_more=more)
 
@@ -10687,9 +10655,7 @@ class UiApi:
             args = request.args()
             page, limit = parse_page(args, default_limit=LOG_LIMIT, max_limit=MAX_LOG_LIMIT)
             reverse = ("row", True) in list(parse_order(args, ("row",)))[:1]
-            log = await in_thread(
-                log_rows,
-                self.settings.metaflow_dir,
+            log = await self.site.reader.log_page(
                 task,
                 attempt,
                 stream,
@@ -10698,9 +10664,8 @@ class UiApi:
                 reverse=reverse,
                 **place,
             )
-            parts = await _encoded(log.rows)
             return await ui_list(
-                request, parts, page=page, has_more=page < log.pages, last_page=log.pages
+                request, log.rows, page=page, has_more=page < log.pages, last_page=log.pages
             )
 
         return get_log
@@ -10713,24 +10678,14 @@ class UiApi:
             if found is None:
                 return json_response({"data": []}, 404)
             task, attempt, place = found
-            pieces = await in_thread(
-                log_text, self.settings.metaflow_dir, task, attempt, stream, **place
-            )
+            pieces = await self.site.reader.log_download(task, attempt, stream, **place)
             name = log_file_name(task, attempt, stream)
             headers = [("Content-Disposition", f"Attachment;filename={name}")]
-            return Response(200, b"", "application/octet-stream", headers, stream=_pieces(pieces))
+            return Response(200, b"", "application/octet-stream", headers, stream=pieces)
 
         return get_download
 
     # -- cards
-
-    def _card_roots(self) -> List[str]:
-        """Where cards are besides .metaflow/mf.cards.
-
-        With METAFLOW_CARD_LOCALROOT set, Metaflow 2.19 writes them into the datastore itself.
-        """
-        named = os.environ.get("METAFLOW_CARD_LOCALROOT")
-        return [self.settings.metaflow_dir, *([named] if named else []), *self.more_card_roots]
 
     def _card_task(self, request: Request) -> Optional[Tuple[str, str, str, str]]:
         task = self._task(request)
@@ -10741,7 +10696,7 @@ class UiApi:
         task = self._card_task(request)
         if task is None:
             return json_response({"data": []}, 404)
-        cards = await in_thread(list_cards, self.settings.metaflow_dir, task, self._card_roots())
+        cards = await self.site.reader.cards(task)
         page, limit = parse_page(request.args(), default_limit=MAX_PAGE_LIMIT)
         limit = limit or max(len(cards), 1)
         last = max(-(-len(cards) // limit), 1)
@@ -10751,11 +10706,7 @@ class UiApi:
     async def get_card(self, request: Request) -> Response:
         """GET .../cards/{hash}: the card's HTML."""
         task, name = self._card_task(request), request.params["hash"]
-        html = (
-            await in_thread(card_html, self.settings.metaflow_dir, task, name, self._card_roots())
-            if task
-            else None
-        )
+        html = await self.site.reader.card(task, name) if task else None
         if html is None:
             text = (
                 "There is no such card yet. It may still be in the making: try again."
@@ -10771,20 +10722,20 @@ class UiApi:
         ]
         policy = ("Content-Security-Policy", "frame-ancestors " + " ".join(friends))
         return Response(
-            200, html, "text/html; charset=utf-8", [("Cache-Control", "no-cache"), policy]
+            200,
+            b"",
+            "text/html; charset=utf-8",
+            [("Cache-Control", "no-cache"), policy],
+            stream=html,
         )
 
     async def get_card_data(self, request: Request) -> Response:
         """GET .../cards/{hash}/data: what a card that changes while its task runs shows now."""
         task, name = self._card_task(request), request.params["hash"]
-        data = (
-            await in_thread(card_data, self.settings.metaflow_dir, task, name, self._card_roots())
-            if task
-            else None
-        )
+        data = await self.site.reader.card_data(task, name) if task else None
         if data is None:
             return json_response({"error": "there is no data for this card yet"}, 404)
-        return json_response(data)
+        return Response(200, data, JSON_TYPE)
 
     # -- tags and completion
 
@@ -10931,20 +10882,6 @@ def _ui_run_time(run: RunNode) -> int:
     return run.self_record.get("ts_epoch") or 0
 
 
-async def _pieces(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Pieces that are read in a thread, one after the other."""
-    try:
-        while True:
-            piece = await in_thread(next, pieces, None)
-            if piece is None:
-                return
-            yield piece
-    finally:
-        close = getattr(pieces, "close", None)
-        if close is not None:
-            close()
-
-
 def read_json_list(path: Optional[str]) -> List[Record]:
     """The objects of a JSON file that holds a list; [] without a file and for one that cannot be used.
 
@@ -11017,35 +10954,12 @@ def _plugin_file(path: str) -> Response:
 # -- search
 
 
-def _search_slice(
-    metaflow_dir: str,
-    records: Sequence[Record],
-    value: Optional[str],
-    roots: Sequence[str],
-    known: Dict[str, Any],
-) -> List[Record]:
-    """The matches among artifact records. `known`: results by content, as a run hands its values on."""
-    matches_found = []
-    for record in records:
-        sha = f"{record.get('sha')}/{record.get('content_type')}"
-        if sha in known and known[sha] is None:
-            continue
-        match = search_artifact(metaflow_dir, record, value, data_roots=roots)
-        if match is None or match.get("searchable"):
-            known[sha] = None if match is None else True
-        if match is not None:
-            matches_found.append(match)
-    return matches_found
-
-
 class _Search:
     """One search over its WebSocket: messages of progress, then one result."""
 
-    def __init__(
-        self, store: Store, settings: Settings, socket: UiSocket, run: Optional[RunNode]
-    ) -> None:
-        self.store = store
-        self.settings = settings
+    def __init__(self, site: Site, socket: UiSocket, run: Optional[RunNode]) -> None:
+        self.store = site.store
+        self.reader = site.reader
         self.socket = socket
         self.run = run
         self.fraction = 0.0
@@ -11066,7 +10980,6 @@ class _Search:
         """Matches among the newest attempts' artifacts called `key`; None when the client has gone."""
         tasks = await self.store.run_tasks(self.run) if self.run else []
         found: List[Record] = []
-        known: Dict[str, Any] = {}
         waiting: List[Record] = []
         for place, task in enumerate(tasks, 1):
             records = await self.store.artifacts(task)
@@ -11076,10 +10989,8 @@ class _Search:
                 if r["name"] == key and r["attempt_id"] == records[0]["attempt_id"]
             ]
             if len(waiting) >= SEARCH_SLICE or place == len(tasks):
-                where, roots = self.settings.metaflow_dir, data_roots(self.settings)
-                found += await in_thread(
-                    _search_slice, where, waiting, value, roots, known, pool="search"
-                )
+                hits = await self.reader.search(waiting, value)
+                found += [hit for hit in hits if hit is not None]
                 waiting = []
             if not self.progress(place, len(tasks)):
                 return None
@@ -11108,14 +11019,10 @@ class _Search:
         return found
 
 
-async def search_socket(
-    store: Store, liveness: Liveness, settings: Settings, socket: UiSocket
-) -> None:
+async def search_socket(site: Site, socket: UiSocket) -> None:
     """Serves one search (api 4.5): ?key=NAME[&value=V][&scope=ARTIFACT,FOREACH_VARIABLE]."""
     request = socket.request
-    search = _Search(
-        store, settings, socket, store.run(request.params["flow"], request.params["run"])
-    )
+    search = _Search(site, socket, site.store.run(request.params["flow"], request.params["run"]))
     key, value = request.arg("key"), request.arg("value")
     scopes = (request.arg("scope") or "ARTIFACT").split(",")
     if not key or not {"ARTIFACT", "FOREACH_VARIABLE"}.intersection(scopes):
@@ -11166,11 +11073,9 @@ def _each_task_once(found: Iterable[Record]) -> List[Record]:
 # -- routes
 
 
-def register_ui_routes(
-    router: Router, store: Store, liveness: Liveness, settings: Settings
-) -> UiApi:
+def register_ui_routes(router: Router, site: Site) -> UiApi:
     """Adds every route of the UI backend but the WebSockets (section 14) and /metadata (section 11)."""
-    api = UiApi(store, liveness, settings)
+    api = UiApi(site)
     run, step = "/flows/{flow}/runs/{run}", "/flows/{flow}/runs/{run}/steps/{step}"
     task = step + "/tasks/{task}"
     features, version = (
@@ -11225,7 +11130,7 @@ def register_ui_routes(
     return api
 
 
-# ---- 14. Server: connections, deadlines, access, draining ----
+# ---- 15. Server: connections, deadlines, access, draining ----
 UI_TYPES = {  # what a build of the UI consists of; the system's own table differs from machine to machine
     "html": "text/html; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
@@ -11839,11 +11744,11 @@ class Service:
         )
         self.store.sweep()
         self.liveness = Liveness(self.store, settings.run_cutoff)
-        self.reader = Reader(settings.metaflow_dir, data_roots(settings))
-        self.subscriptions = Subscriptions(self.store, self.liveness, settings, log)
+        self.site = Site(self.store, self.liveness, settings)
+        self.subscriptions = Subscriptions(self.site, log)
         self.router = Router()
-        register_metadata_routes(self.router, MetadataApi(self.store, self.liveness, settings))
-        self.ui = register_ui_routes(self.router, self.store, self.liveness, settings)
+        register_metadata_routes(self.router, MetadataApi(self.site))
+        self.ui = register_ui_routes(self.router, self.site)
         self.router.add("GET", f"{API_PREFIX}/ws", lambda request: Takeover(self._ui_socket))
         for pattern in SEARCH_PATTERNS:
             self.router.add("GET", pattern, lambda request: Takeover(self._search_socket))
@@ -11999,7 +11904,7 @@ class Service:
         await ui_socket(self.subscriptions, websocket)
 
     async def _search_socket(self, websocket: WebSocket) -> None:
-        await search_socket(self.store, self.liveness, self.settings, websocket)
+        await search_socket(self.site, websocket)
 
     def _static(self, request: Request) -> Response:
         if self.bundle is None:
@@ -12041,7 +11946,7 @@ def _connection_limit() -> int:
     )
 
 
-# ---- 15. Daemon: state files, lock, start, control routes, log ----
+# ---- 16. Daemon: state files, lock, start, control routes, log ----
 #
 # Alive means: holds the flock on `lock`, for life. The lock file is never unlinked; its content is the port
 # that this root had last. `daemon.json` says where the daemon is, and is believed only if it is private to
@@ -12984,7 +12889,7 @@ class Host:
         identity = {**{name: record[name] for name in names}, "url": self._state.url}
         try:
             self.service = Service(self._settings, identity, self._log)
-            self.service.ui.more_card_roots += read_card_roots(self._state.directory)
+            self.service.site.reader.card_roots += read_card_roots(self._state.directory)
             asyncio.run(self._serve(sock))
         except Exception as error:
             import traceback
@@ -13135,7 +13040,7 @@ class Host:
 
     def _learn_cards(self, place: Any) -> None:
         """Where a wrapper's flows put their cards: remembered across restarts, for runs that are looked at later."""
-        known = self.service.ui.more_card_roots
+        known = self.service.site.reader.card_roots
         if isinstance(place, str) and os.path.isabs(place) and place not in known:
             known.append(place)
             del known[:-MAX_CARD_ROOTS]
@@ -13237,7 +13142,7 @@ def serve_here(settings: Settings) -> int:
     return code
 
 
-# ---- 16. CLI: commands, the environment of CMD, the wrapper around it ----
+# ---- 17. CLI: commands, the environment of CMD, the wrapper around it ----
 #
 # argparse and subprocess cost more than the rest of a `run` with a running daemon together, and argparse
 # cannot stop at the first word of CMD: both are done by hand here.

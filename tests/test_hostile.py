@@ -227,8 +227,9 @@ def parts(tmp_path: Path) -> Any:
     store = module.Store(settings.metaflow_dir, os.path.join(settings.state_dir, "tmp"))
     store.sweep()
     router, liveness = Noted(), module.Liveness(store)
-    module.register_metadata_routes(router, module.MetadataApi(store, liveness, settings))
-    module.register_ui_routes(router, store, liveness, settings)
+    site = module.Site(store, liveness, settings)
+    module.register_metadata_routes(router, module.MetadataApi(site))
+    module.register_ui_routes(router, site)
     return store, router
 
 

@@ -1103,7 +1103,7 @@ touched = []
 sys.addaudithook(lambda event, args: touched.append(str(args[0])) if event in ("open", "os.listdir", "os.scandir") else None)
 store = mflocal.Store(sys.argv[2], sys.argv[2] + "/.mflocal/tmp")
 settings = mflocal.Settings(root=os.path.dirname(sys.argv[2]))
-api = mflocal.MetadataApi(store, mflocal.Liveness(store), settings)
+api = mflocal.MetadataApi(mflocal.Site(store, mflocal.Liveness(store), settings))
 
 async def main():
     run = store.run("F", "1000")

@@ -24,7 +24,7 @@ SECTIONS = [
 MOST_LINES = 14_500  # only ever made smaller
 TITLES = [
     "Settings", "Records", "Store", "Liveness", "Status", "Query", "Datastore readers", "HTTP", "WebSocket",
-    "Router", "Metadata API", "Subscriptions", "UI API", "Server", "Daemon", "CLI",
+    "Router", "Rows", "Metadata API", "Live", "UI API", "Server", "Daemon", "CLI",
 ]  # fmt: skip
 
 

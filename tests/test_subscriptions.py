@@ -55,9 +55,8 @@ class Hub:
         self.other = mflocal.Store(self.settings.metaflow_dir, str(temp / "other"))
         self.liveness = mflocal.Liveness(self.store)
         self.trouble: list[str] = []
-        self.subscriptions = mflocal.Subscriptions(
-            self.store, self.liveness, self.settings, self.trouble.append
-        )
+        self.site = mflocal.Site(self.store, self.liveness, self.settings)
+        self.subscriptions = mflocal.Subscriptions(self.site, self.trouble.append)
 
     def client(self, *resources: str, **more: Any) -> Ear:
         """A client that subscribes to resources; the uuids are 0, 1, 2."""
@@ -261,7 +260,7 @@ def test_a_whole_run_in_order(go: Any) -> None:
             ("INSERT", "/flows"),
             ("INSERT", "/runs"),
         ]
-        row = await mflocal.ui_run_row(hub.store, hub.liveness, hub.settings, run)
+        row = await mflocal.ui_run_row(hub.site, run)
         told = ear.heard[1]["data"]
         assert (
             list(told) == list(row)

@@ -38,7 +38,7 @@ ARTIFACT_KEYS = (
 
 
 class Root:
-    """A root as the service sees it: store, liveness, settings, and the row builders bound to them."""
+    """A root as the service sees it, and the row builders bound to it."""
 
     def __init__(self, root: Path, **settings: Any) -> None:
         self.settings = mflocal.Settings(root=str(root), **settings)
@@ -46,21 +46,21 @@ class Root:
         temp.mkdir(parents=True, exist_ok=True)
         self.store = mflocal.Store(self.settings.metaflow_dir, str(temp))
         self.liveness = mflocal.Liveness(self.store)
-        self.three = (self.store, self.liveness, self.settings)
+        self.site = mflocal.Site(self.store, self.liveness, self.settings)
 
     async def state(self, run: Any, **options: Any) -> Any:
-        return await mflocal.run_state(*self.three, run, **options)
+        return await mflocal.run_state(self.site, run, **options)
 
     async def run_row(self, run: Any) -> dict[str, Any]:
-        return await mflocal.ui_run_row(*self.three, run)
+        return await mflocal.ui_run_row(self.site, run)
 
     async def task_rows(self, task: Any) -> list[dict[str, Any]]:
         facts = self.store.facts(task)
-        return mflocal.ui_task_rows(*self.three, task, facts, await self.state(task.run))
+        return mflocal.ui_task_rows(self.site, task, facts, await self.state(task.run))
 
     async def details(self, task: Any) -> list[dict[str, Any]]:
         facts = self.store.facts(task)
-        return await mflocal.ui_task_details(*self.three, task, facts, await self.state(task.run))
+        return await mflocal.ui_task_details(self.site, task, facts, await self.state(task.run))
 
     async def the_run(self) -> Any:
         flow = self.store.flow("UiTinyFlow")
@@ -258,9 +258,7 @@ def test_step_rows(finished: Path) -> None:
     async def _(root: Root) -> None:
         run = await root.the_run()
         state = await root.state(run)
-        rows = [
-            await mflocal.ui_step_row(*root.three, step, state) for step in root.store.steps(run)
-        ]
+        rows = [await mflocal.ui_step_row(root.site, step, state) for step in root.store.steps(run)]
         assert [row["step_name"] for row in rows] == ["_parameters", "start", "unit", "join", "end"]
         for row in rows:
             assert list(row) == STEP_KEYS
@@ -291,7 +289,7 @@ def test_parameters(finished: Path) -> None:
     @test(finished)
     async def _(root: Root) -> None:
         run = await root.the_run()
-        told = await mflocal.ui_parameters(root.store, root.settings, run)
+        told = await mflocal.ui_parameters(root.site, run)
         assert told == {"fail": {"value": False}, "n": {"value": 3}}
 
 
