@@ -89,7 +89,7 @@ HEADER_TIMEOUT = 10.0  # s for a whole header block, from its first byte (slowlo
 BODY_TIMEOUT = 30.0  # s without a byte of the body
 LINGER_TIMEOUT = 3.0  # s that what a refused client still sends is dropped, so that it can read why
 WRITE_TIMEOUT = 30.0  # s without progress while a peer does not read its answer
-KEEP_ALIVE_TIMEOUT = 75.0  # s of silence between requests; never on connections that speak for work
+KEEP_ALIVE_TIMEOUT = 75.0  # s of silence between requests; never on those that stand for work
 MAX_CONNECTIONS = 4096  # or RLIMIT_NOFILE - SPARE_FILES if that is less; more get 503 and close
 SPARE_FILES = 96  # descriptors kept for the store, log, lock and listening socket
 BACKLOG = 512  # connections queue here while the daemon still imports (the kernel may cap it)
@@ -152,6 +152,9 @@ LOCAL_IDLE_CUTOFF = (
     300.0  # the same when no task is unfinished, or one has failed: longer than cards take
 )
 FAILED_CUTOFF = 30.0  # s without a heartbeat after a failed task: two beats missed, no retry begun
+SCHEDULER_RETRY = (
+    1800.0  # s after a failed task in which a scheduler may try again; Airflow waits 5 min
+)
 MAX_TASK_ATTEMPTS = 6  # Metaflow never starts a seventh attempt (its MAX_ATTEMPTS)
 FALLBACK_ATTEMPTS = 3  # attempts that @catch adds to those of @retry (its NUM_FALLBACK_RETRIES)
 
@@ -2516,6 +2519,16 @@ def _take_fact(facts: TaskFacts, name: str, record: Record) -> None:
 
 
 # ---- 4. Liveness: the open connection is the heartbeat ----
+#
+# Metaflow's client keeps one HTTP connection open for the life of its process, and what it asks on it says
+# which process that is:
+# - The runtime (`flow.py run`, `resume`) is the only one that asks for a task without naming its id.
+# - The process of a task writes the metadata field `attempt` first of all.
+# - A scheduler's processes (`flow.py init`, `flow.py step`: Airflow, Argo and so on) name all ids themselves.
+#   Each stands for its attempt, none for the run, which goes on when they end.
+# - Reading, tagging and all else stands for nothing.
+# When the client closes the last connection that stands for something unfinished, that process has died.
+# Clients older than 2.14 open a connection per request; theirs prove nothing, nor do those that we close.
 
 _RUN = -1  # stands where an attempt's number would, in the keys of runs
 if TYPE_CHECKING:
@@ -2523,50 +2536,56 @@ if TYPE_CHECKING:
 
 
 class Liveness:
-    """Who is alive, from what the daemon sees anyway: which connections are open and what was said on them.
+    """Which runs and attempts have a living process, as far as connections and leases tell.
 
-    POST run, step and task speak for the run, the metadata field `attempt` for that attempt of that task;
-    nothing else speaks. When the last connection that spoke for something unfinished closes, its process has
-    died. Ordinary heartbeats count beside it, and what they are sent for is judged by them alone once the
-    connection is gone. After a restart of the daemon, a living `mflocal run` (its lease) vouches for what
-    has not spoken yet. What is finished never changes.
+    A client that sends heartbeats is judged by them once its connection is gone. A living `mflocal run` (its
+    lease) vouches for the runs of its command, so that a restart of the daemon kills nothing. What is
+    finished never changes.
     """
 
     def __init__(self, store: Store, cutoff: float = RUN_CUTOFF) -> None:
         self._store = store
         self._cutoff = cutoff  # s without a heartbeat
-        self._open: Dict[_Key, Set[Hashable]] = {}
-        self._spoken: Dict[Hashable, Set[_Key]] = {}
+        self._owners: Dict[_Key, Set[Hashable]] = {}  # the open connections of a run or attempt
+        self._owned: Dict[Hashable, Set[_Key]] = {}  # the same the other way round
         self._nodes: Dict[_Key, RunOrTask] = {}
-        self._beaten: Dict[str, RunOrTask] = {}
-        self._leases: Dict[str, Set[Hashable]] = {}
-        self._over: Set[str] = (
-            set()
-        )  # leases whose command has ended, perhaps with a flow left in the background
-        self.frozen = False
+        self._lease_of: Dict[Hashable, str] = {}  # of connections that own something
+        self._leases: Dict[str, Set[Hashable]] = {}  # those of living wrappers: their connections
+        self._ended: Set[str] = set()  # leases whose command has ended by itself
+        self._beating: Dict[str, RunNode] = {}  # runs whose clients send heartbeats
 
-    # -- what is heard
+    # -- what clients do
 
-    def speak_run(self, connection: Hashable, run: RunNode, lease: Optional[str]) -> None:
-        """A request on this connection was made by the run's own runtime."""
-        self._speak(connection, (run.path, _RUN), run)
+    def bind_run(self, connection: Hashable, run: RunNode, lease: Optional[str]) -> None:
+        """This is the connection of the run's runtime."""
+        self._bind(connection, (run.path, _RUN), run, lease)
+        self.set_lease(run, lease)
         self._store.mark_lost(run, 0, None)
+
+    def bind_attempt(
+        self, connection: Hashable, task: TaskNode, attempt: int, lease: Optional[str]
+    ) -> None:
+        """This is the connection of the process that works on this attempt."""
+        self._bind(connection, (task.path, attempt), task, lease)
+        self.set_lease(task.run, lease)
+        self._store.mark_lost(task, attempt, None)
+
+    def _bind(self, connection: Hashable, key: _Key, node: RunOrTask, lease: Optional[str]) -> None:
+        self._owners.setdefault(key, set()).add(connection)
+        self._owned.setdefault(connection, set()).add(key)
+        self._nodes[key] = node
+        if lease:
+            self._lease_of[connection] = lease
+
+    def set_lease(self, run: RunNode, lease: Optional[str]) -> None:
+        """A request that writes to the run came from below this wrapper."""
         if lease:
             self._store.set_lease(run, lease)
 
-    def speak_attempt(self, connection: Hashable, task: TaskNode, attempt: int) -> None:
-        """The process of this attempt said so on this connection."""
-        self._speak(connection, (task.path, attempt), task)
-        self._store.mark_lost(task, attempt, None)
-
-    def _speak(self, connection: Hashable, key: _Key, node: RunOrTask) -> None:
-        self._open.setdefault(key, set()).add(connection)
-        self._spoken.setdefault(connection, set()).add(key)
-        self._nodes[key] = node
-
-    def beat(self, node: RunOrTask) -> None:
-        """An ordinary heartbeat: a sign of life, and word that this client has others than its connection."""
-        self._beaten[node.path] = node
+    def heartbeat(self, node: RunOrTask) -> None:
+        """A client's heartbeat; who was thought dead is not."""
+        if isinstance(node, RunNode):
+            self._beating[node.path] = node
         self._store.beat(node, int(time.time()), own=True)
         for attempt in list(self._store.signs(node).lost):
             self._store.mark_lost(node, attempt, None)
@@ -2575,164 +2594,154 @@ class Liveness:
         """A wrapper lives as long as this connection."""
         self._leases.setdefault(lease, set()).add(connection)
 
-    def closed(self, connection: Hashable) -> None:
-        """A connection was closed by its client. What only it spoke for, unfinished, has died."""
+    def connection_closed(self, connection: Hashable, by_client: bool) -> None:
+        """What only this connection stood for has died if the client closed it; else its cutoff runs from now."""
         for lease in [lease for lease, held in self._leases.items() if connection in held]:
             self._leases[lease].discard(connection)
             if not self._leases[lease]:
                 del self._leases[lease]
-                self._store.drop_lease(lease)
-        for key in self._spoken.pop(connection, ()):
-            held = self._open.get(key)
-            if held is None:
-                continue
-            held.discard(connection)
-            if not held:
-                del self._open[key]
-                node = self._nodes.pop(key)
-                if not self.frozen:
-                    self._gone(node, key[1])
-                    if isinstance(node, RunNode) and self._store.signs(node).lease in self._over:
-                        self._bury(node)
+                if by_client:
+                    self._store.drop_lease(lease)
+        self._lease_of.pop(connection, None)
+        for key in self._owned.pop(connection, ()):
+            self._owners[key].discard(connection)
+            if not self._owners[key]:
+                node = self._forget(key)
+                self._store.beat(node, int(time.time()))
+                if by_client:
+                    self._mark_dead(node, key[1])
+                    if isinstance(node, RunNode) and self._store.signs(node).lease in self._ended:
+                        self._end_run(node, None)
 
-    def forget(self, connection: Hashable) -> None:
-        """A connection that we closed ourselves: its end proves nothing, the ordinary cutoff runs from now."""
-        for held in self._leases.values():
-            held.discard(connection)
-        self._leases = {lease: held for lease, held in self._leases.items() if held}
-        for key in self._spoken.pop(connection, ()):
-            held = self._open.get(key, set())
-            held.discard(connection)
-            if not held and self._open.pop(key, None) is not None:
-                self._store.beat(self._nodes.pop(key), int(time.time()))
+    def _forget(self, key: _Key) -> RunOrTask:
+        for connection in self._owners.pop(key):
+            self._owned[connection].discard(key)
+        return self._nodes.pop(key)
 
-    def _gone(self, node: RunOrTask, attempt: int, sure: bool = False) -> None:
-        self._store.beat(node, int(time.time()))
-        if (self._store.signs(node).beats and not sure) or self._finished(node, attempt):
-            return
-        self._store.mark_lost(node, max(attempt, 0), now_ms())
+    def _mark_dead(self, node: RunOrTask, attempt: int, certain: bool = False) -> None:
+        if certain or not self._store.signs(node).beats:
+            if not self._finished(node, attempt):
+                self._store.mark_lost(node, max(attempt, 0), now_ms())
 
-    def ended(self, lease: str) -> None:
-        """A wrapper says that its command ended by itself: it has waited for its tasks.
+    def command_ended(self, lease: str) -> None:
+        """A wrapper's command ended by itself: what it left unfinished has died.
 
-        What of its runs is unfinished has died, even where a child forked by a task still holds its connection;
-        but not while the runtime's own connection is open: that flow was left in the background.
+        So has a task whose connection a forked child still holds. Not so a flow that the command left in the
+        background: its runtime's connection is open.
         """
-        self._over.add(lease)
+        self._ended.add(lease)
         runs = {run.path: run for run in self._store.lease_runs(lease)}
         for node in self._nodes.values():
             run = node.run if isinstance(node, TaskNode) else node
             if self._store.signs(run).lease == lease:
                 runs[run.path] = run
         for run in runs.values():
-            if (run.path, _RUN) not in self._open:
-                self._bury(run)
+            if (run.path, _RUN) not in self._owners:
+                self._end_run(run, lease)
 
-    def _bury(self, run: RunNode) -> None:
+    def _end_run(self, run: RunNode, lease: Optional[str]) -> None:
+        """Marks the run dead, and its attempts that came with this lease (None: all)."""
         for key, node in list(self._nodes.items()):
             if isinstance(node, TaskNode) and node.run is run:
-                for connection in self._open.pop(key, ()):
-                    self._spoken.get(connection, set()).discard(key)
-                del self._nodes[key]
-                self._gone(node, key[1], sure=True)
+                leases = {self._lease_of.get(connection) for connection in self._owners[key]}
+                if lease is None or leases <= {lease, None}:
+                    self._forget(key)
+                    self._store.beat(node, int(time.time()))
+                    self._mark_dead(node, key[1], certain=True)
+        if self.scheduled(run):
+            return  # its next task may come from another command
         signs = self._store.signs(run)
-        silent = (
-            signs.beats
-            and signs.heartbeat is not None
-            and time.time() - signs.heartbeat > self._cutoff
-        )
+        silent = signs.beats and time.time() - (signs.heartbeat or 0) > self._cutoff
         if 0 not in signs.lost and not silent:  # a silent one has died long before its wrapper
-            self._gone(run, _RUN, sure=True)
+            self._store.beat(run, int(time.time()))
+            self._mark_dead(run, _RUN, certain=True)
 
-    def _finished(self, node: RunOrTask, attempt: int) -> bool:
-        if isinstance(node, RunNode):
-            return self.run_completed(node)
-        facts = self._store.facts(node)
-        own = facts.attempts.get(attempt)
-        return (own is not None and own.finished) or max(facts.attempts, default=0) > attempt
+    # -- what the files say
 
-    def run_completed(self, run: RunNode) -> bool:
+    def scheduled(self, run: RunNode) -> bool:
+        """Whether a scheduler drives this run by one process per task: it has named all ids itself."""
+        if is_number(run.id):
+            return False
+        step = self._store.step(run, "_parameters")
+        tasks = self._store.task_nodes(step) if step else []
+        return not any([is_number(task.id) for task in tasks])
+
+    def completed(self, run: RunNode) -> bool:
         """Whether the run's last step has been done with success."""
         step = self._store.step(run, self._store.end_step(run))
-        if step is None:
-            return False
-        for task in self._store.task_nodes(step):
+        for task in self._store.task_nodes(step) if step else ():
             attempts = self._store.facts(task).attempts
             if attempts and attempts[max(attempts)].ok:
                 return True
         return False
 
+    def _finished(self, node: RunOrTask, attempt: int) -> bool:
+        if isinstance(node, RunNode):
+            return self.completed(node)
+        facts = self._store.facts(node)
+        own = facts.attempts.get(attempt)
+        return (own is not None and own.finished) or max(facts.attempts, default=0) > attempt
+
     # -- what is asked
 
     def alive(self, node: RunOrTask, attempt: int = 0) -> Optional[bool]:
-        """True: a sign of life by connection or lease; False: seen to die; None: only heartbeats or files tell."""
-        key = (node.path, _RUN if isinstance(node, RunNode) else attempt)
-        if key in self._open:
+        """True: a connection or lease vouches for it; False: seen to die; None: heartbeats or files must tell."""
+        signs = self._store.signs(node)
+        if (node.path, _RUN if isinstance(node, RunNode) else attempt) in self._owners:
             return True
-        if attempt in self._store.signs(node).lost:
+        if attempt in signs.lost:
             return False
         run = node.run if isinstance(node, TaskNode) else node
-        lease = self._store.signs(run).lease
-        if lease is not None and lease in self._leases and not self._store.signs(node).beats:
-            return True
-        return None
+        return True if self._store.signs(run).lease in self._leases and not signs.beats else None
 
-    def heartbeat(self, node: RunOrTask) -> Optional[int]:
-        """`last_heartbeat_ts` in s: now while something that spoke for the node is open."""
-        if isinstance(node, RunNode):
-            live = (node.path, _RUN) in self._open
-        else:
-            facts = node.facts
-            newest = max(facts.attempts, default=0) if facts else 0
-            live = (node.path, newest) in self._open and not self._finished(node, newest)
-        return int(time.time()) if live else self._store.signs(node).heartbeat
+    def last_heartbeat(self, node: RunOrTask) -> Optional[int]:
+        """`last_heartbeat_ts` in s: now while a connection of the node is open and it is not finished."""
+        key = (node.path, _RUN)
+        if isinstance(node, TaskNode):
+            key = (node.path, max(node.facts.attempts, default=0) if node.facts else 0)
+        if key in self._owners and (key[1] == _RUN or not self._finished(node, key[1])):
+            return int(time.time())
+        return self._store.signs(node).heartbeat
 
-    def speaks(self, connection: Hashable) -> bool:
-        """Whether a connection stands for something unfinished (then it is never closed for being idle)."""
+    def connected(self, run: RunNode) -> bool:
+        """Whether a connection is open for the run or an attempt of it that is not finished."""
         return any(
-            not self._finished(self._nodes[key], key[1]) for key in self._spoken.get(connection, ())
+            (node is run or isinstance(node, TaskNode) and node.run is run)
+            and not self._finished(node, key[1])
+            for key, node in self._nodes.items()
         )
+
+    def must_stay_open(self, connection: Hashable) -> bool:
+        """Whether a connection stands for something unfinished, so that silence is no reason to close it."""
+        keys = self._owned.get(connection, ())
+        return any(not self._finished(self._nodes[key], key[1]) for key in keys)
 
     def busy(self) -> bool:
-        """Whether any wrapper lives or any connection stands for something unfinished."""
+        """Whether a wrapper lives or a connection stands for something unfinished."""
         return bool(self._leases) or any(
-            not self._finished(self._nodes[key], key[1]) for key in self._open
+            not self._finished(node, key[1]) for key, node in self._nodes.items()
         )
 
-    def active_runs(self, cutoff: int) -> List[Tuple[RunNode, str]]:
-        """(run, how it is known to be alive: connection, heartbeat or lease) of every unfinished run."""
-        found: Dict[str, Tuple[RunNode, str]] = {}
-        for key, node in self._nodes.items():
-            run = node.run if isinstance(node, TaskNode) else node
-            if key in self._open and not self._finished(node, key[1]):
-                found[run.path] = (run, "connection")
-        now = time.time()
-        for path, node in list(self._beaten.items()):
-            run = node.run if isinstance(node, TaskNode) else node
-            if now - (self._store.signs(node).heartbeat or 0) > cutoff or self.run_completed(run):
-                del self._beaten[path]
-            elif run.path not in found:
-                found[run.path] = (run, "heartbeat")
-        for lease in self._leases:
-            for run in self._store.lease_runs(lease):
-                if run.path not in found and self.alive(run) and not self.run_completed(run):
-                    found[run.path] = (run, "lease")
-        return list(found.values())
-
     def runs(self) -> Set[RunNode]:
-        """The runs of which something speaks."""
-        return {node.run if isinstance(node, TaskNode) else node for node in self._nodes.values()}
+        """The runs with a sign of life: a connection, a living wrapper, a heartbeat within the cutoff."""
+        found = {node.run if isinstance(node, TaskNode) else node for node in self._nodes.values()}
+        for lease in self._leases:
+            found.update(self._store.lease_runs(lease))
+        return found.union(self._beating.values())
 
     def tick(self) -> None:
-        """Every few seconds: what is open beats, and the beats go to disk."""
+        """Every few seconds: the heartbeats of what has a connection or lease, all written to disk."""
         now = int(time.time())
         for key, node in self._nodes.items():
             if not self._finished(node, key[1]):
                 self._store.beat(node, now)
         for lease in self._leases:
             for run in self._store.lease_runs(lease):
-                if self.alive(run) and not self.run_completed(run):
+                if self.alive(run) and not self.completed(run):
                     self._store.beat(run, now)
+        for path, run in list(self._beating.items()):
+            if now - (self._store.signs(run).heartbeat or 0) > self._cutoff:
+                del self._beating[path]
         self._store.flush_signs()
 
 
@@ -3014,8 +3023,54 @@ class RunSummary:
         return None
 
 
+def sign_of_life(
+    state: RunStatus,
+    now: int,
+    *,
+    connected: bool,
+    vouched: bool,
+    heartbeat: Optional[int],
+    cutoff: float = RUN_CUTOFF,
+) -> Optional[str]:
+    """How a run is known to be at work: "connection", "lease" or "heartbeat"; None when it is over or silent.
+
+    A run that run_status calls completed or failed is not at work, whatever its processes still do.
+    heartbeat and cutoff in s, now in ms; vouched: a living wrapper stands for it.
+    """
+    if state.status != RUNNING:
+        return None
+    if connected:
+        return "connection"
+    if vouched:
+        return "lease"
+    return (
+        "heartbeat" if heartbeat is not None and now - heartbeat * 1000 <= cutoff * 1000 else None
+    )
+
+
 def _attempts_unknown(step_name: str) -> Optional[int]:
     return None
+
+
+# What Metaflow's local runtime does (runtime.py): a failed attempt is followed within seconds by the next one if
+# the step has retries left; else the runtime gives its other tasks 5 s, kills them, and exits. So after a
+# failure without a successor nothing more will come, whatever else looks unfinished.
+#
+# The rules for a run, first match wins (the UI backend's SQL; marked + where this goes further):
+# 1. the newest attempt_ok of the end step: completed or failed, unless the step was begun again after a
+#    failure; + an end step that is done without attempt_ok counts by its `_task_ok`, else as completed.
+# 2. + alive: running.
+# 3. + seen to die, and neither a task begun nor a heartbeat since (a resume, a retry): failed at once,
+#    finished at the later of that moment and the last finish of a task.
+# 4. + a task failed its last allowed attempt: failed.
+# 5. + a scheduler drives the run, and no task is unfinished or one has failed: nobody tells whether another will
+#    come. Running until `local_cutoff` without a change, SCHEDULER_RETRY after a failure.
+# 6. with heartbeats (run's or tasks'): running while the last sign of life (heartbeat, start or finish of a
+#    task) is at most `cutoff` old, FAILED_CUTOFF after a failed task +; else failed.
+# 7. + without heartbeats, that is plain local mode, only the disk can tell. A task may compute for hours and
+#    write nothing, so while one is unfinished only `local_cutoff` of silence makes the run failed. If none is
+#    unfinished, or one has failed, Metaflow would go on within seconds (minutes with slow cards): failed after
+#    min(local_cutoff, LOCAL_IDLE_CUTOFF).
 
 
 def run_status(
@@ -3028,6 +3083,7 @@ def run_status(
     lost_at: Optional[int] = None,
     allowed: Callable[[str], Optional[int]] = _attempts_unknown,
     end_task_ok: Optional[bool] = None,
+    scheduled: bool = False,
     cutoff: float = RUN_CUTOFF,
     local_cutoff: float = LOCAL_CUTOFF,
 ) -> RunStatus:
@@ -3035,25 +3091,7 @@ def run_status(
 
     alive: True = a connection or lease vouches for the run, False = the last one closed, None = not known.
     lost_at: when it was seen to die. allowed(step): attempts that a step may have (allowed_attempts), None if
-    not known. end_task_ok: see RunSummary.end_said.
-
-    What Metaflow's local runtime does (runtime.py): a failed attempt is followed within seconds by the next
-    one if the step has retries left; else the runtime gives its other tasks 5 s, kills them, and exits. So
-    after a failure without a successor nothing more will come, whatever else looks unfinished.
-
-    The rules, first match wins (the UI backend's SQL; marked + where this goes further):
-    1. the newest attempt_ok of the end step: completed or failed, unless the step was begun again after a
-       failure; + an end step that is done without attempt_ok counts by its `_task_ok`, else as completed.
-    2. + alive: running.
-    3. + seen to die, and neither a task begun nor a heartbeat since (a resume, a retry): failed at once,
-       finished at the later of that moment and the last finish of a task.
-    4. + a task failed its last allowed attempt: failed.
-    5. with heartbeats (run's or tasks'): running while the last sign of life (heartbeat, start or finish of a
-       task) is at most `cutoff` old, FAILED_CUTOFF after a failed task +; else failed.
-    6. + without heartbeats, that is plain local mode, only the disk can tell. A task may compute for hours
-       and write nothing, so while one is unfinished only `local_cutoff` of silence makes the run failed. If
-       none is unfinished, or one has failed, Metaflow would go on within seconds (minutes with slow cards):
-       failed after min(local_cutoff, LOCAL_IDLE_CUTOFF).
+    not known. end_task_ok: see RunSummary.end_said. scheduled: see Liveness.scheduled.
     """
     said = summary.end_said(end_task_ok)
     if said is not None:
@@ -3070,32 +3108,20 @@ def run_status(
         limit = allowed(failure.step)
         if limit is not None and failure.attempt + 1 >= limit:
             return _run_over(created_at, FAILED, summary.last_finish)
-    sign, end, silence = _last_sign(created_at, summary, beat, cutoff, local_cutoff)
+    sign = newest(beat, summary.last_event, created_at)
+    end = newest(beat, summary.last_finish)
+    if scheduled and (summary.failures or not summary.unfinished):
+        silence = min(local_cutoff, SCHEDULER_RETRY) if summary.failures else local_cutoff
+    elif beat is not None:
+        silence = min(cutoff, FAILED_CUTOFF) if summary.failures else cutoff
+    else:
+        sign = newest(sign, summary.changed_at)
+        idle = bool(summary.failures) or not summary.unfinished
+        silence = min(local_cutoff, LOCAL_IDLE_CUTOFF) if idle else local_cutoff
+        end = summary.last_finish if idle else sign
     if sign is None or now - sign <= silence * 1000:
         return RunStatus(RUNNING, None, elapsed(created_at, now))
-    return _run_over(created_at, FAILED, end)
-
-
-def _last_sign(
-    created_at: Optional[int],
-    summary: RunSummary,
-    beat: Optional[int],
-    cutoff: float,
-    local_cutoff: float,
-) -> Tuple[Optional[int], Optional[int], float]:
-    """(last sign of life, finish if that was all, s of silence that a living run may have): rules 5 and 6."""
-    if beat is not None:
-        silence = min(cutoff, FAILED_CUTOFF) if summary.failures else cutoff
-        return (
-            newest(beat, summary.last_event, created_at),
-            newest(beat, summary.last_finish),
-            silence,
-        )
-    sign = newest(summary.last_event, summary.changed_at, created_at)
-    if not summary.failures and summary.unfinished:
-        return sign, sign, local_cutoff
-    end = sign if summary.last_finish is None else summary.last_finish
-    return sign, end, min(local_cutoff, LOCAL_IDLE_CUTOFF)
+    return _run_over(created_at, FAILED, sign if end is None else end)
 
 
 def _run_over(created_at: Optional[int], status: str, finished: Optional[int]) -> RunStatus:
@@ -8268,10 +8294,11 @@ async def run_state(site: Site, run: RunNode, *, cheap: bool = False) -> RunStat
             run.self_record.get("ts_epoch"),
             summary,
             now_ms(),
-            heartbeat=site.liveness.heartbeat(run),
+            heartbeat=site.liveness.last_heartbeat(run),
             alive=alive,
             lost_at=site.store.signs(run).lost.get(0),
             allowed=limits.get,
+            scheduled=site.liveness.scheduled(run),
             cutoff=site.settings.run_cutoff,
             local_cutoff=site.settings.local_cutoff,
         )
@@ -8362,7 +8389,7 @@ def make_run_row(run: RunNode, state: RunStatus, heartbeat: Optional[int]) -> Re
 async def ui_run_row(site: Site, run: RunNode, *, cheap: bool = False) -> Record:
     """A row of /runs: run_number and null as run_id, or the string id as both; `run` is its text."""
     state = await run_state(site, run, cheap=cheap)
-    return make_run_row(run, state, site.liveness.heartbeat(run))
+    return make_run_row(run, state, site.liveness.last_heartbeat(run))
 
 
 # -- rows of steps, tasks and what they carry
@@ -8454,7 +8481,8 @@ def ui_task_rows(
         local_cutoff=site.settings.local_cutoff,
     )  # fmt: skip
     rows = [
-        _ui_attempt_row(task, facts, status, site.liveness.heartbeat(task)) for status in statuses
+        _ui_attempt_row(task, facts, status, site.liveness.last_heartbeat(task))
+        for status in statuses
     ]
     memo.encoded = []
     if attempt_is_over(facts):
@@ -8693,7 +8721,7 @@ class MetadataApi:
 
     def run_row(self, run: RunNode) -> Record:
         """A run as GET answers it: with `user` where the system tags vouch for it."""
-        row = run_row(run.flow, run.id, run.self_record, self.liveness.heartbeat(run))
+        row = run_row(run.flow, run.id, run.self_record, self.liveness.last_heartbeat(run))
         user = verified_user(run.self_record)
         if user is not None:
             row["user"] = user
@@ -8708,7 +8736,7 @@ class MetadataApi:
             task.id,
             task.self_record,
             run.self_record,
-            self.liveness.heartbeat(task),
+            self.liveness.last_heartbeat(task),
         )
 
     # -- flows
@@ -8763,16 +8791,13 @@ class MetadataApi:
         run = self.store.create_run(flow, body, _own_id(data.get("run_number"), "run_number"))
         if run is None:
             raise Problem(409, f"the run {flow.name}/{data['run_number']} exists already")
-        self._speak(request, run)
-        row = run_row(run.flow, run.id, run.self_record, self.liveness.heartbeat(run))
+        self.liveness.set_lease(run, request.headers.get(LEASE_HEADER))
+        row = run_row(run.flow, run.id, run.self_record, self.liveness.last_heartbeat(run))
         return json_response(row)
-
-    def _speak(self, request: Request, run: RunNode) -> None:
-        self.liveness.speak_run(request.connection, run, request.headers.get(LEASE_HEADER))
 
     def post_run_heartbeat(self, request: Request) -> Response:
         """POST .../runs/{run}/heartbeat: never too early."""
-        self.liveness.beat(self._run(request))
+        self.liveness.heartbeat(self._run(request))
         return _beat_answer()
 
     def mutate_tags(self, request: Request) -> Response:
@@ -8822,7 +8847,7 @@ class MetadataApi:
         if not is_flow_name(name):
             raise Problem(400, f"{name!r:.100} is not a step name: it must be a Python identifier")
         step = self.store.create_step(run, name, object_body(request.json()))
-        self._speak(request, run)
+        self.liveness.set_lease(run, request.headers.get(LEASE_HEADER))
         if step is None:
             raise Problem(409, f"the step {run.flow}/{run.id}/{name} exists already")
         return json_response(self._step_row(step))
@@ -8874,8 +8899,13 @@ class MetadataApi:
         step = self._step(request)
         data = request.json()
         body = object_body(data)
-        task = self.store.create_task(step, body, _own_id(data.get("task_id"), "task_id"))
-        self._speak(request, step.run)
+        own_id = _own_id(data.get("task_id"), "task_id")
+        task = self.store.create_task(step, body, own_id)
+        lease = request.headers.get(LEASE_HEADER)
+        if own_id is None:
+            self.liveness.bind_run(request.connection, step.run, lease)
+        else:
+            self.liveness.set_lease(step.run, lease)
         if wants_heartbeat(body.get("system_tags")):
             self.store.beat(step.run, now_ms() // 1000)
         if task is None:
@@ -8888,8 +8918,8 @@ class MetadataApi:
     def post_task_heartbeat(self, request: Request) -> Response:
         """POST .../tasks/{task}/heartbeat: beats for the run too."""
         task = self._task(request)
-        self.liveness.beat(task.run)
-        self.liveness.beat(task)
+        self.liveness.heartbeat(task.run)
+        self.liveness.heartbeat(task)
         return _beat_answer()
 
     # -- metadata
@@ -8926,7 +8956,8 @@ class MetadataApi:
                     and value.isdigit()
                     and len(value) < 6
                 ):
-                    self.liveness.speak_attempt(request.connection, task, int(value))
+                    lease = request.headers.get(LEASE_HEADER)
+                    self.liveness.bind_attempt(request.connection, task, int(value), lease)
         return json_response({"metadata_created": created})
 
     # -- artifacts
@@ -9678,7 +9709,7 @@ class Subscriptions:
         if tasks and (before is None or before[1].status != state.status):
             await self._judge_tasks(run, state)
         known = key in self._sent
-        row = make_run_row(run, state, self._site.liveness.heartbeat(run))
+        row = make_run_row(run, state, self._site.liveness.last_heartbeat(run))
         if quiet and not known and state.status != RUNNING:
             self._remember(key, row)
         elif self._differs(key, row, quiet):
@@ -9825,7 +9856,7 @@ class Subscriptions:
             for run in runs[:WATCHED_RUNS]:
                 state = await self._state(run)
                 self._remember(
-                    ("runs", run), make_run_row(run, state, self._site.liveness.heartbeat(run))
+                    ("runs", run), make_run_row(run, state, self._site.liveness.last_heartbeat(run))
                 )
                 if state.status != COMPLETED:
                     self._recent[run] = time.monotonic() + JUDGE_INTERVAL
@@ -9849,7 +9880,7 @@ class Subscriptions:
         state = await self._state(run)
         if target.kind == "runs":
             self._remember(
-                ("runs", run), make_run_row(run, state, self._site.liveness.heartbeat(run))
+                ("runs", run), make_run_row(run, state, self._site.liveness.last_heartbeat(run))
             )
         elif target.kind == "tasks":
             await self._baseline_tasks(subscription, look, state)
@@ -9952,7 +9983,7 @@ class Subscriptions:
         if state.status == RUNNING or changed >= begin:
             kind = "INSERT" if (run.self_record.get("ts_epoch") or 0) >= begin else "UPDATE"
             found.append(
-                (changed, kind, make_run_row(run, state, self._site.liveness.heartbeat(run)))
+                (changed, kind, make_run_row(run, state, self._site.liveness.last_heartbeat(run)))
             )
 
     async def _replay_run(
@@ -11247,9 +11278,9 @@ class Connection:
         elif self._task is not None and (self._handling is None or self._cancellable()):
             self._task.cancel()
         if self._closed_by_us or service.draining or self._made_one_request():
-            liveness.forget(self)
+            liveness.connection_closed(self, by_client=False)
         else:
-            liveness.closed(self)
+            liveness.connection_closed(self, by_client=True)
 
     def pause_writing(self) -> None:
         """More waits for the client than should."""
@@ -11473,7 +11504,7 @@ class Connection:
                 self.expect(WRITE_TIMEOUT)
         elif self._parser.phase != "idle":
             self._refuse(Problem(408, "the request did not arrive in time", close=True))
-        elif self.is_lease or self._service.liveness.speaks(self):
+        elif self.is_lease or self._service.liveness.must_stay_open(self):
             self.expect(KEEP_ALIVE_TIMEOUT)
         else:
             self._close()
@@ -11801,7 +11832,6 @@ class Service:
         """Begins to drain; `now`, or a second call, does not wait for requests in flight."""
         self._hurry = self._hurry or now or self.draining
         self.draining = True
-        self.liveness.frozen = True
         if self._stopped is not None:
             self._stopped.set()
 
@@ -11850,19 +11880,26 @@ class Service:
 
     def end_lease(self, lease: str) -> None:
         """A wrapper's command has ended by itself, not by a signal."""
-        self.liveness.ended(lease)
+        self.liveness.command_ended(lease)
 
-    def active_runs(self) -> List[Dict[str, Any]]:
-        """Unfinished runs known to be alive: flow_id, run_number, how (connection or heartbeat), since (ms)."""
-        return [
-            {
-                "flow_id": run.flow,
-                "run_number": public_id(run.id),
-                "how": how,
-                "since": run.self_record.get("ts_epoch"),
-            }
-            for run, how in self.liveness.active_runs(int(self.settings.run_cutoff))
-        ]
+    async def active_runs(self) -> List[Dict[str, Any]]:
+        """The runs at work: flow_id, run_number, how that is known (see sign_of_life), since (ms)."""
+        found = []
+        for run in self.liveness.runs():
+            how = sign_of_life(
+                await run_state(self.site, run),
+                now_ms(),
+                connected=self.liveness.connected(run),
+                vouched=self.liveness.alive(run) is True,
+                heartbeat=self.liveness.last_heartbeat(run),
+                cutoff=self.settings.run_cutoff,
+            )
+            if how is not None:
+                number, since = public_id(run.id), run.self_record.get("ts_epoch")
+                found.append(
+                    {"flow_id": run.flow, "run_number": number, "how": how, "since": since}
+                )
+        return found
 
     # -- what every connection asks
 
@@ -13004,7 +13041,7 @@ class Host:
     def _id(self, request: Request) -> Response:
         return json_response({"instance": self._state.instance})
 
-    def _status(self, request: Request) -> Response:
+    async def _status(self, request: Request) -> Response:
         self._check(request)
         record = self._state.record
         left = self.service.idle_left()
@@ -13020,17 +13057,17 @@ class Host:
                 "uptime": round(time.monotonic() - self._started, 1),
                 "idle_timeout": self._settings.idle_timeout,
                 "idle_left": None if left is None else round(left, 1),
-                "active_runs": self.service.active_runs(),
+                "active_runs": await self.service.active_runs(),
                 "ui": record.get("ui"),
                 "python": sys.executable,
                 "log": os.path.join(self._state.directory, LOG_FILE),
             }
         )
 
-    def _stop(self, request: Request) -> Response:
+    async def _stop(self, request: Request) -> Response:
         import asyncio
 
-        runs = self.service.active_runs()
+        runs = await self.service.active_runs()
         if runs and not self._body(request).get("force"):
             return json_response({"stopping": False, "active_runs": runs}, 409)
         self._check(request)

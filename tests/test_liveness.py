@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from conftest import Client, clean_env, mflocal, wait_for
+from conftest import FLOWS, Client, clean_env, mflocal, wait_for
 from processes import (
     PYTHON,
     Plain,
@@ -342,6 +343,117 @@ def test_the_daemon_is_restarted_by_hand_under_a_sleeping_task(project: Path, st
         run.say()
         assert run.wait() == 0, run.output
     assert not watch.ever("failed")
+
+
+# -- one process per task, as schedulers do
+
+
+class Scheduled:
+    """live_sleep.py driven by tests/flows/live_steps.sh."""
+
+    def __init__(self, project: Path, how: type[Started], **env: str) -> None:
+        flow_file(project, "live_sleep.py")
+        shutil.copy(FLOWS / "live_steps.sh", project)
+        self.run = how(project, "sh", "live_steps.sh", PYTHON, "sched-1", **env)
+
+    def pause(self, after: str) -> None:
+        """Waits until the process of that name has ended."""
+        wait_for(
+            lambda: (
+                (self.run.notes / ("after-" + after)).exists()
+                or self.run.process.poll() is not None
+            )
+        )
+        assert (self.run.notes / ("after-" + after)).exists(), self.run.output
+
+    def go_on(self, after: str) -> None:
+        """Lets the next process begin."""
+        self.run.say("then-" + after)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("sidecars", ["", "off"])
+@pytest.mark.parametrize("how", [Started, Plain])
+def test_one_process_per_task(project: Path, how: type[Started], sidecars: str) -> None:
+    """The run is never shown failed between its tasks, however long the scheduler waits (twice the cutoff here)."""
+    env = {"METAFLOW_LOCAL_SERVICE_RUN_CUTOFF": "1"}
+    if sidecars == "off":
+        env["METAFLOW_ENABLED_SIDECAR"] = ""
+    flow = Scheduled(project, how, **env)
+    try:
+        flow.pause("init")
+        client = client_of(project)
+        with Watch(client, "LiveSleep") as watch:
+            time.sleep(2)
+            assert see(client, "LiveSleep/sched-1").run == "running"
+            flow.go_on("init")
+            flow.run.note("start-0")
+            seen = see(client, "LiveSleep/sched-1")
+            assert (seen.run, seen.task()) == ("running", "running")
+            flow.run.say()
+            flow.pause("start")
+            seen = see(client, "LiveSleep/sched-1")
+            assert (seen.run, seen.task()) == ("running", "completed")
+            time.sleep(2)
+            seen = see(client, "LiveSleep/sched-1")
+            assert (seen.run, seen.task()) == ("running", "completed")
+            flow.go_on("start")
+            assert flow.run.wait() == 0, flow.run.output
+        assert not watch.ever("failed") and see(client, "LiveSleep/sched-1").run == "completed"
+    finally:
+        flow.run.end()
+
+
+@pytest.mark.core
+def test_one_wrapper_per_task(project: Path) -> None:
+    """Also where each process has an `mflocal run` of its own: the end of one says nothing about the run."""
+    script = flow_file(project, "live_sleep.py").name
+    steps = [
+        ["init", "--task-id", "first"],
+        ["step", "start", "--task-id", "second", "--input-paths", "sched-1/_parameters/first"],
+        ["step", "end", "--task-id", "third", "--input-paths", "sched-1/start/second"],
+    ]
+    for number, words in enumerate(steps):
+        run = Started(project, PYTHON, script, *words, "--run-id", "sched-1", name=str(number))
+        try:
+            run.say()
+            assert run.wait() == 0, run.output
+        finally:
+            run.end()
+        expected = "completed" if number == 2 else "running"
+        time.sleep(0.2)
+        assert see(client_of(project), "LiveSleep/sched-1").run == expected
+
+
+@pytest.mark.core
+@needs_pool
+def test_a_killed_task_of_a_scheduler(project: Path) -> None:
+    """Its task is failed at once, its run as soon as the script has ended, and `stop` knows that too."""
+    flow = Scheduled(project, Started)
+    try:
+        flow.pause("init")
+        flow.go_on("init")
+        pid = flow.run.note("start-0")[0]
+        client = client_of(project)
+        kill(pid)
+        soon(client, "LiveSleep/sched-1", lambda s: s.task() == "failed")
+        assert flow.run.wait() == 1
+    finally:
+        flow.run.end()
+
+
+@pytest.mark.core
+def test_what_has_failed_is_not_active(project: Path, start: Start) -> None:
+    """A flow outside of the wrapper sends heartbeats; `stop` need not wait until they are old."""
+    run = start("live_sleep.py", "run", "--with", "timeout:seconds=1", how=Plain)
+    _, _, pathspec = run.note("start-0")
+    client = client_of(project)
+    wait_for(lambda: beats(client, pathspec))
+    assert run.wait() == 1
+    wait_for(lambda: see(client, pathspec).run == "failed")
+    told = json.loads(mflocal("status", "--json", cwd=project, check=True).stdout)
+    assert told["active_runs"] == []
+    mflocal("stop", cwd=project, check=True)
 
 
 # -- forked children
@@ -895,20 +1007,38 @@ def test_a_reader_neither_ends_nor_holds_up_a_task(bare: Bare) -> None:
     reader("GET", bare.path)
 
 
-def test_step_and_task_speak_for_the_run(bare: Bare) -> None:
-    """A second runtime connection that has made a step, and a third that has made a task, keep the run alive."""
+def test_who_stands_for_the_run(bare: Bare) -> None:
+    """Who has the service number a task is its runtime; who names the ids of run, step and task is not."""
     body = {"user_name": "u", "tags": [], "system_tags": []}
-    second, third = Speaker(bare.client), Speaker(bare.client)
+    second, other = Speaker(bare.client), Speaker(bare.client)
     second("POST", f"{bare.path}/steps/other/step", body)
+    second("POST", f"{bare.path}/steps/other/task", body)
     bare.runtime.close()
     time.sleep(0.2)
     assert bare.now.run == "running"
-    third("POST", f"{bare.path}/steps/other/task", body)
+    other("POST", f"{bare.path}/steps/more/step", body)
+    other("POST", f"{bare.path}/steps/more/task", {**body, "task_id": "own"})
     second.close()
-    time.sleep(0.2)
-    assert bare.now.run == "running"
-    third.close()
     soon(bare.client, bare.pathspec, lambda s: s.run == "failed")
+
+
+@pytest.mark.core
+def test_a_process_that_names_its_ids_ends_nothing(bare: Bare) -> None:
+    """`flow.py step` registers run, step and task, works and leaves: the run goes on, live in the UI too."""
+    body = {"user_name": "u", "tags": [], "system_tags": []}
+    for step, ok in (("start", True), ("next", True)):
+        process = Speaker(bare.client)
+        if step == "start":
+            process("POST", "/flows/F/run", {**body, "run_number": "sched-7"})
+        process("POST", f"/flows/F/runs/sched-7/steps/{step}/step", body)
+        process("POST", f"/flows/F/runs/sched-7/steps/{step}/task", {**body, "task_id": "t"})
+        task = f"/flows/F/runs/sched-7/steps/{step}/tasks/t"
+        process.attempt(task, 0)
+        process.done(task, 0, ok)
+        process.close()
+        time.sleep(0.2)
+        seen = Seen(bare.client, "F", "sched-7")
+        assert (seen.run, seen.task(step)) == ("running", "completed")
 
 
 @pytest.mark.parametrize("ok", [True, False])
@@ -975,6 +1105,7 @@ def test_a_dead_run_that_speaks_again_is_alive(bare: Bare) -> None:
     soon(bare.client, bare.pathspec, lambda s: s.run == "failed")
     again = Speaker(bare.client)
     again("POST", f"{bare.path}/steps/more/step", body)
+    again("POST", f"{bare.path}/steps/more/task", body)
     assert bare.now.run == "running"
 
 

@@ -424,15 +424,15 @@ def test_a_lost_connection_is_told_at_once(go: Any) -> None:
     async def body(hub: Hub) -> None:
         run = hub.make_run()
         connection = object()
-        hub.liveness.speak_run(connection, run, None)
+        hub.liveness.bind_run(connection, run, None)
         task = hub.store.create_task(hub.store.create_step(run, "start", TAGS), TAGS)
         await hub.store.add_metadata(task, [attempt(0)])
-        hub.liveness.speak_attempt(connection, task, 0)
+        hub.liveness.bind_attempt(connection, task, 0, None)
         base = f"/flows/HubFlow/runs/{run.id}"
         ear = hub.client(base, base + "/tasks", "/runs")
         await settle()
         assert ear.heard == []
-        hub.liveness.closed(connection)
+        hub.liveness.connection_closed(connection, by_client=True)
         await settle()
         assert sorted((m["uuid"], m["data"]["status"]) for m in ear.heard) == [
             ("0", "failed"),
@@ -447,8 +447,8 @@ def test_old_heartbeats_are_told(go: Any) -> None:
     async def body(hub: Hub) -> None:
         run = hub.make_run()
         task = hub.store.create_task(hub.store.create_step(run, "start", TAGS), TAGS)
-        hub.liveness.beat(run)
-        hub.liveness.beat(task)
+        hub.liveness.heartbeat(run)
+        hub.liveness.heartbeat(task)
         base = f"/flows/HubFlow/runs/{run.id}"
         ear, home = hub.client(base, base + "/tasks"), hub.client("/runs")
         await wait_for(lambda: len(ear.heard) == 2 and len(home.heard) == 1)
@@ -468,7 +468,7 @@ def test_a_running_run_is_not_told_again_and_again(go: Any) -> None:
         ear = hub.client(base, base + "/tasks", "/runs")
         for _ in range(4):
             await asyncio.sleep(1.0)
-            hub.liveness.beat(run)
+            hub.liveness.heartbeat(run)
         assert ear.heard == []
 
     go(body)

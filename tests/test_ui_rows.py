@@ -323,15 +323,15 @@ def test_running_and_lost_by_connection(tmp_path: Path) -> None:
     connection = object()
 
     async def body() -> None:
-        root.liveness.speak_run(connection, run, None)
+        root.liveness.bind_run(connection, run, None)
         await root.store.add_metadata(
             task, [{"field_name": "attempt", "value": "0", "type": "attempt"}]
         )
-        root.liveness.speak_attempt(connection, task, 0)
+        root.liveness.bind_attempt(connection, task, 0, None)
         assert (await root.run_row(run))["status"] == "running"
         row = (await root.task_rows(task))[0]
         assert (row["status"], row["finished_at"]) == ("running", None)
-        root.liveness.closed(connection)
+        root.liveness.connection_closed(connection, by_client=True)
         assert (await root.run_row(run))["status"] == "failed"
         row = (await root.task_rows(task))[0]
         assert row["status"] == "failed" and abs(row["finished_at"] - time.time() * 1000) < 60_000
@@ -347,7 +347,7 @@ def test_long_failed_run_is_trusted_only_until_it_moves(tmp_path: Path) -> None:
         run.record["ts_epoch"] = past
         root.store.beat(run, past // 1000)
         assert (await root.state(run)).status == "failed"
-        root.liveness.beat(run)
+        root.liveness.heartbeat(run)
         assert (await root.state(run)).status == "running"
 
     asyncio.run(body())
