@@ -160,7 +160,7 @@ FALLBACK_ATTEMPTS = 3  # attempts that @catch adds to those of @retry (its NUM_F
 
 # Queries.
 MAX_FILTER_VALUES = 1000  # values of one filter: a URL of 8 KiB holds no more useful ones
-MAX_LIKE = 1000  # characters of a value with wildcards
+MAX_LIKE = 1000  # characters of one value of a filter
 MAX_PATTERNS = 8  # regular expressions in one request or subscription; the UI sends one
 MAX_PATTERN_NODES = 400  # states of a client's regular expression, after x{m,n} is written out
 MAX_PATTERN_TEXT = 100_000  # characters of a text that a regular expression looks at
@@ -3194,7 +3194,7 @@ if TYPE_CHECKING:
 
 
 def _columns(text: str, numbers: str) -> Dict[str, str]:
-    """column -> kind: str, int, json (a list of tags); also bool, status (str whose values are checked)."""
+    """column -> kind: str, int, json (a list of tags); also status (str whose values are checked)."""
     kinds = dict.fromkeys(text.split(), "str")
     kinds.update(dict.fromkeys(numbers.split(), "int"))
     kinds.update(tags="json", system_tags="json")
@@ -3247,8 +3247,9 @@ _OPERATORS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "co", "sw", "ew", "l
 _EPOCHS = frozenset(("ts_epoch", "last_heartbeat_ts"))
 _INTEGER = re.compile(r"(?a:\s*[+-]?[0-9]{1,19}\s*)")
 _INT8 = 2**63
+_LIKE = {"co": "%{}%", "sw": "{}%", "ew": "%{}", "li": "{}"}
 _COMPARE: Dict[str, Callable[[Any, Any], bool]] = {
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
+    "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
     "ge": operator.ge,
 }  # fmt: skip
 
@@ -3266,76 +3267,48 @@ def first_arg(args: Args, name: str) -> Optional[str]:
 
 
 # Patterns. LIKE and regular expressions come from clients and run on the event loop, so neither may
-# backtrack: LIKE is cut at its % into pieces of fixed length that are looked for from left to right, and
-# regular expressions are run as an automaton whose work grows with the text only.
+# backtrack: LIKE is cut at its %, and the leftmost place of each piece is the right one; regular expressions
+# are run as an automaton whose work grows with the text only.
+
+_LIKE_TOKEN = re.compile(r"\\(.)|(%)|(_)|(.)", re.DOTALL)
 
 
 def like_matcher(pattern: str, *, ignore_case: bool = True) -> Callable[[str], bool]:
-    """A test for SQL LIKE (ILIKE): % any text, _ one character, backslash quotes the next one.
-
-    Raises Problem 400 for patterns over MAX_LIKE characters.
-    """
-    if len(pattern) > MAX_LIKE:
-        raise _bad_filter("a filter value may have at most %d characters" % MAX_LIKE)
-    pieces = _like_pieces(pattern.lower() if ignore_case else pattern)
-    finders = [_finder(piece) for piece in pieces]
-    sizes = [len(piece) for piece in pieces]
-
-    jokers = any("" in piece for piece in pieces)
+    """A test for SQL LIKE (ILIKE): % any text, _ one character, backslash quotes the next one."""
+    pieces, sizes, jokers = [""], [0], False
+    for quoted, many, one, plain in _LIKE_TOKEN.findall(
+        pattern.lower() if ignore_case else pattern
+    ):
+        if many:
+            pieces.append("")
+            sizes.append(0)
+        else:
+            pieces[-1] += "." if one else re.escape(quoted or plain)
+            sizes[-1] += 1
+            jokers = jokers or bool(one)
+    compiled = [re.compile(piece, re.DOTALL) for piece in pieces]
+    first, middle, last = compiled[0], compiled[1:-1], compiled[-1]
 
     def matches_like(text: str) -> bool:
-        """Whether the whole text fits: the first piece at its start, the last at its end, the others leftmost."""
         if (
             jokers
         ):  # a piece with _ is tried at every place: length of the text times that of the pattern
             text = text[:MAX_PATTERN_TEXT]
         if ignore_case:
             text = text.lower()
-        end = len(text)
         if len(sizes) == 1:
-            return sizes[0] == end and finders[0](text, 0) == 0
-        at, end = sizes[0], end - sizes[-1]
-        if end < at or finders[0](text, 0) != 0 or finders[-1](text, end) != end:
+            return first.fullmatch(text) is not None
+        at, end = sizes[0], len(text) - sizes[-1]
+        if end < at or not first.match(text) or not last.match(text, end):
             return False
-        for size, find in zip(sizes[1:-1], finders[1:-1]):
-            found = find(text, at)
-            if found < 0 or found + size > end:
+        for piece in middle:
+            found = piece.search(text, at, end)
+            if found is None:
                 return False
-            at = found + size
+            at = found.end()
         return True
 
     return matches_like
-
-
-def _like_pieces(pattern: str) -> List[List[str]]:
-    """The pieces between %; a piece is a list of characters, "" for any one."""
-    pieces: List[List[str]] = [[]]
-    quoted = False
-    for index, char in enumerate(pattern):
-        if quoted or char not in "%_\\" or (char == "\\" and index == len(pattern) - 1):
-            pieces[-1].append(char)
-            quoted = False
-        elif char == "%":
-            pieces.append([])
-        elif char == "_":
-            pieces[-1].append("")
-        else:
-            quoted = True
-    return pieces[:1] + [p for p in pieces[1:-1] if p] + pieces[1:][-1:]
-
-
-def _finder(piece: List[str]) -> Callable[[str, int], int]:
-    """find(text, start) -> index of the leftmost place of the piece, -1 if there is none."""
-    if "" not in piece:
-        plain = "".join(piece)
-        return lambda text, start: text.find(plain, start)
-    search = re.compile("".join(re.escape(c) if c else "." for c in piece), re.DOTALL).search
-
-    def find(text: str, start: int) -> int:
-        found = search(text, start)
-        return -1 if found is None else found.start()
-
-    return find
 
 
 _RE_PACKAGE = sys.version_info >= (3, 11)
@@ -3641,74 +3614,37 @@ def matches(row: Row, filters: Sequence[Predicate]) -> bool:
     return all([predicate(row) for predicate in filters])
 
 
-def filter_rows(rows: Iterable[Row], filters: Sequence[Predicate]) -> List[Row]:
-    """The rows that pass, in order. Rows are judged one by one, so a long list may be given in slices."""
-    kept = rows if isinstance(rows, list) else list(rows)
-    for predicate in filters:
-        kept = [row for row in kept if predicate(row)]
-    return list(kept) if kept is rows else kept
+def _split_values(field: str, text: str) -> List[str]:
+    values = text.split(",")
+    if "\0" in text:
+        raise _bad_filter("the value of '%s' has a NUL character" % field)
+    if len(values) > MAX_FILTER_VALUES:
+        raise _bad_filter("a filter may have at most %d values" % MAX_FILTER_VALUES)
+    if max(map(len, values)) > MAX_LIKE:
+        raise _bad_filter("a filter value may have at most %d characters" % MAX_LIKE)
+    return values
 
 
 def _predicate(field: str, op: str, text: str, kind: str, strict: bool) -> Predicate:
-    if "\0" in text:
-        raise _bad_filter("the value of '%s' has a NUL character" % field)
-    values = text.split(",")
-    if len(values) > MAX_FILTER_VALUES:
-        raise _bad_filter("a filter may have at most %d values" % MAX_FILTER_VALUES)
+    values = _split_values(field, text)
     with_null = "null" in values
     values = [value for value in values if value != "null"]
+    for value in values if strict and kind == "status" else ():
+        if value not in _STATUSES:
+            raise _bad_filter("unsupported status filter: %s" % value)
     if kind == "json":
-        tests = _list_tests(op, values, text)
-    elif op == "eq" and kind != "bool":
-        return _one_of(field, values, kind, with_null, strict)
+        tests = _tag_list_tests(op, values, text)
+    elif op == "eq":  # ids are numbers in one answer and text in another
+        wanted = {str(_filter_int(field, v, strict)) if kind == "int" else v for v in values}
+        tests = [lambda found: str(found) in wanted]
     else:
         tests = [_value_test(field, op, value, kind, strict) for value in values]
-    if len(tests) == 1 and not with_null:
-        test = tests[0]
 
-        def one(row: Row) -> bool:
-            value = row.get(field)
-            return value is not None and test(value)
-
-        return one
-
-    def any_of(row: Row) -> bool:
+    def fits(row: Row) -> bool:
         value = row.get(field)
         return with_null if value is None else any([test(value) for test in tests])
 
-    return any_of
-
-
-def _one_of(field: str, values: List[str], kind: str, with_null: bool, strict: bool) -> Predicate:
-    """Equality by one look-up; ids are numbers in one answer and text in another, so both are looked for."""
-    wanted: Set[Any] = {None} if with_null else set()
-    for value in values:
-        if kind == "int":
-            number = _filter_int(field, value, strict)
-            wanted.update((number, str(number)))
-        else:
-            _check_status(value, kind, strict)
-            wanted.add(value)
-            if (
-                value.isascii()
-                and value.isdigit()
-                and (value[0] != "0" or value == "0")
-                and len(value) < 20
-            ):
-                wanted.add(int(value))
-
-    def one_of(row: Row) -> bool:
-        try:
-            return row.get(field) in wanted
-        except TypeError:  # a value that is a list, as foreach-stack may be
-            return str(row.get(field)) in wanted
-
-    return one_of
-
-
-def _check_status(value: str, kind: str, strict: bool) -> None:
-    if strict and kind == "status" and value not in _STATUSES:
-        raise _bad_filter("unsupported status filter: %s" % value)
+    return fits
 
 
 def _filter_int(field: str, text: str, strict: bool) -> int:
@@ -3721,106 +3657,65 @@ def _filter_int(field: str, text: str, strict: bool) -> int:
 
 def _value_test(field: str, op: str, value: str, kind: str, strict: bool) -> Callable[[Any], bool]:
     """A test for one value of a filter on what a row holds (never None)."""
-    _check_status(value, kind, strict)
-    if kind == "bool":
-        return _bool_test(field, op, value)
     if op == "is":
         raise _bad_filter("%s:is takes only null, not '%s'" % (field, value))
-    if op in _COMPARE:
-        compare = _COMPARE[op]
-        if kind != "int":
-            return lambda found: compare(str(found), value)
-        return _number_test(op, compare, _filter_int(field, value, strict))
+    compare = _COMPARE.get(op)
+    if compare is not None and kind == "int":
+        return _number_test(compare, _filter_int(field, value, strict))
+    if compare is not None:
+        return lambda found: bool(compare(str(found), value))
     if kind == "int" and strict:
         if field in _EPOCHS:
             _filter_int(field, value, strict)
         raise _bad_filter("unsupported operator '%s' for field '%s', a number" % (op, field))
-    test = _text_test(op, value)
+    test = compile_pattern(value) if op == "re" else like_matcher(_LIKE[op].format(value))
     return lambda found: test(str(found))
 
 
-def _number_test(
-    op: str, compare: Callable[[Any, Any], bool], wanted: int
-) -> Callable[[Any], bool]:
-    def test(found: Any) -> bool:
-        if not isinstance(found, int):
-            if not (isinstance(found, str) and _INTEGER.fullmatch(found)):
-                return (
-                    op == "ne"
-                )  # an id that is text: not equal to any number, and neither more nor less
+def _number_test(compare: Callable[[Any, Any], bool], wanted: int) -> Callable[[Any], bool]:
+    def fits(found: Any) -> bool:
+        if isinstance(found, str) and _INTEGER.fullmatch(found):
             found = int(found)
-        return compare(found, wanted)
+        # an id that is text is not equal to any number, and neither more nor less
+        return compare(found, wanted) if isinstance(found, int) else compare is operator.ne
 
-    return test
-
-
-def _bool_test(field: str, op: str, value: str) -> Callable[[Any], bool]:
-    word = value.strip().lower()
-    if op not in ("eq", "ne", "is") or word not in ("true", "t", "1", "false", "f", "0"):
-        raise _bad_filter("invalid %s: expected true or false, got '%s'" % (field, value))
-    wanted = (word in ("true", "t", "1")) == (op != "ne")
-    return lambda found: bool(found) == wanted
+    return fits
 
 
-def _text_test(op: str, value: str) -> Callable[[str], bool]:
-    """co, sw, ew, li (ILIKE) and re."""
-    if op == "re":
-        return compile_pattern(value)
-    if op == "co" and not set("%_\\").intersection(value):
-        if len(value) > MAX_LIKE:
-            raise _bad_filter("a filter value may have at most %d characters" % MAX_LIKE)
-        lower = value.lower()
-        return lambda text: lower in text.lower()
-    return like_matcher({"co": "%{}%", "sw": "{}%", "ew": "%{}", "li": "{}"}[op].format(value))
-
-
-def _list_tests(op: str, values: List[str], text: str) -> List[Callable[[Any], bool]]:
+def _tag_list_tests(op: str, values: List[str], text: str) -> List[Callable[[Any], bool]]:
     """Tests for a column that holds a list of tags."""
-    if op in ("eq", "ne") and text.startswith("["):
-        try:
-            whole = loads(text.encode())
-            wanted = sorted(map(str, whole))
-        except (Problem, TypeError, ValueError):
-            raise _bad_filter("not a JSON list: '%s'" % text) from None
-        return [lambda tags: (sorted(map(str, tags)) == wanted) == (op == "eq")]
     if op == "is" and values:
         raise _bad_filter("is takes only null, not '%s'" % values[0])
-    if op in ("eq", "ne"):
-        return [_tag_test(value, op == "eq") for value in values]
-    return [_any_test(_value_test("tags", op, value, "str", False)) for value in values]
-
-
-def _tag_test(tag: str, there: bool) -> Callable[[Any], bool]:
-    return lambda tags: (tag in tags) == there
-
-
-def _any_test(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda tags: any([test(tag) for tag in tags])
+    if op in ("eq", "ne") and text.startswith("["):
+        try:
+            whole = sorted(map(str, loads(text.encode())))
+        except (Problem, TypeError, ValueError):
+            raise _bad_filter("not a JSON list: '%s'" % text) from None
+        return [lambda tags: (sorted(map(str, tags)) == whole) == (op == "eq")]
+    if op == "eq":
+        return [lambda tags: any([value in tags for value in values])]
+    if op == "ne":
+        return [lambda tags: any([value not in tags for value in values])]
+    tests = [_value_test("tags", op, value, "str", False) for value in values]
+    return [lambda tags: any([test(tag) for test in tests for tag in tags])]
 
 
 def _tag_predicate(how: str, text: str) -> Predicate:
     """`_tags`: over tags and system_tags together; all (also for an unknown `how`) or any, exact or LIKE."""
-    if "\0" in text:
-        raise _bad_filter("the value of '_tags' has a NUL character")
-    values = text.split(",")
-    if len(values) > MAX_FILTER_VALUES:
-        raise _bad_filter("a filter may have at most %d values" % MAX_FILTER_VALUES)
+    values = _split_values("_tags", text)
     joiner: Callable[[Iterable[object]], bool] = any if how in ("any", "likeany") else all
-    if how in ("likeany", "likeall"):
-        tests = [like_matcher("%" + value + "%", ignore_case=False) for value in values]
+    likes = how in ("likeany", "likeall")
+    tests = [like_matcher("%" + value + "%", ignore_case=False) for value in values if likes]
 
-        def like(row: Row) -> bool:
-            tags, system_tags = row.get("tags") or (), row.get("system_tags") or ()
-            written = '["%s"]["%s"]' % ('", "'.join(tags), '", "'.join(system_tags))
-            return joiner([test(written) for test in tests])
-
-        return like
-
-    def exact(row: Row) -> bool:
+    def fits(row: Row) -> bool:
         tags, system_tags = row.get("tags") or (), row.get("system_tags") or ()
-        return joiner([value in tags or value in system_tags for value in values])
+        if not likes:
+            return joiner([value in tags or value in system_tags for value in values])
+        # PostgreSQL matches the lists as they are written
+        written = '["%s"]["%s"]' % ('", "'.join(tags), '", "'.join(system_tags))
+        return joiner([test(written) for test in tests])
 
-    return exact
+    return fits
 
 
 # Order, groups, pages.
