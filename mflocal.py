@@ -6511,119 +6511,43 @@ class Reader:
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
+Headers = tuple[tuple[str, str], ...]
 JSON_TYPE = "application/json"
 TEXT_TYPE = "text/plain; charset=utf-8"
 
 _HTTP_REASONS = {
-    **TITLES,
-    100: "Continue",
-    101: "Switching Protocols",
-    200: "OK",
-    204: "No Content",
-    206: "Partial Content",
-    301: "Moved Permanently",
-    302: "Found",
-    303: "See Other",
-    304: "Not Modified",
-    307: "Temporary Redirect",
-}
-
-_HTTP_METHODS = frozenset(
-    ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+    **TITLES, 101: "Switching Protocols", 200: "OK", 204: "No Content", 206: "Partial Content",
+    301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified", 307: "Temporary Redirect",
+}  # fmt: skip
+_HTTP_METHODS = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split())
+# Fields that mean one thing: a second one is how two readers of a message come to differ.
+_HTTP_SINGLETONS = frozenset(
+    """host content-length content-type content-encoding content-location transfer-encoding expect origin referer
+    user-agent authorization proxy-authorization cookie from date range if-range if-modified-since
+    if-unmodified-since max-forwards upgrade x-api-key x-mflocal-lease sec-websocket-key sec-websocket-version
+    sec-fetch-site sec-fetch-mode sec-fetch-dest sec-fetch-user access-control-request-method""".split()
 )
-_HTTP_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_HTTP_TOKEN = re.compile(_TOKEN)
 _HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
 _HTTP_TARGET = re.compile(r"/[!\"$-~]*")  # visible ASCII without "#"
 _HTTP_ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp]://([!\"$-.0->@-~]+)([/?][!\"$-~]*)?")
 _HTTP_LENGTH = re.compile(r"[0-9]{1,19}")
-_HTTP_CODINGS = re.compile(rf"{_HTTP_TOKEN.pattern}(?:[ \t]*,[ \t]*{_HTTP_TOKEN.pattern})*")
+_HTTP_CODINGS = re.compile(rf"{_TOKEN}(?:[ \t]*,[ \t]*{_TOKEN})*")
 _HTTP_AUTHORITY = re.compile(
     r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9A-Za-z._-]{1,255}))(?::([0-9]{1,5}))?"
 )
 _HTTP_RANGE = re.compile(r"\s*bytes\s*=\s*([0-9]*)-([0-9]*)\s*")
-_HTTP_PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})?")
+_HTTP_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _HTTP_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _HTTP_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-# The bytes that may stand inside a line: what translate() leaves over must be CRLF pairs, nothing else.
-_HTTP_TEXT = bytes(c for c in range(256) if c == 9 or (c >= 32 and c != 127))
-
-_HTTP_TOKEN_BYTES = _HTTP_TOKEN.pattern.encode()
+_BYTE_TOKEN = _TOKEN.encode()
 _HTTP_CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*"
-    + _HTTP_TOKEN_BYTES
-    + rb"(?:[ \t]*=[ \t]*(?:"
-    + _HTTP_TOKEN_BYTES
+    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*" + _BYTE_TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _BYTE_TOKEN
     + rb'|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"))?)*)'
-)
+)  # fmt: skip
 _HTTP_CHUNK_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t\x20-\x7e\x80-\xff]*)?\r?)?")
-
-# Fields that mean one thing: a second one is how two readers of a message come to differ.
-_HTTP_SINGLETONS = frozenset(
-    (
-        "host",
-        "content-length",
-        "content-type",
-        "content-encoding",
-        "content-location",
-        "transfer-encoding",
-        "expect",
-        "origin",
-        "referer",
-        "user-agent",
-        "authorization",
-        "proxy-authorization",
-        "cookie",
-        "from",
-        "date",
-        "range",
-        "if-range",
-        "if-modified-since",
-        "if-unmodified-since",
-        "max-forwards",
-        "upgrade",
-        "x-api-key",
-        "x-mflocal-lease",
-        "sec-websocket-key",
-        "sec-websocket-version",
-        "sec-fetch-site",
-        "sec-fetch-mode",
-        "sec-fetch-dest",
-        "sec-fetch-user",
-        "access-control-request-method",
-    )
-)
-# The spellings that clients use, so that the usual name costs one lookup and neither a match nor a lower().
-_HTTP_NAMES = {
-    spelling: name
-    for name in (
-        "host",
-        "user-agent",
-        "accept",
-        "accept-encoding",
-        "accept-language",
-        "connection",
-        "content-length",
-        "content-type",
-        "cookie",
-        "origin",
-        "referer",
-        "cache-control",
-        "pragma",
-        "upgrade",
-        "transfer-encoding",
-        "expect",
-        "x-api-key",
-        "x-mflocal-lease",
-        "sec-fetch-site",
-        "sec-fetch-mode",
-        "sec-fetch-dest",
-        "sec-fetch-user",
-        "if-none-match",
-        "if-modified-since",
-        "upgrade-insecure-requests",
-    )
-    for spelling in (name, name.title())
-}
 
 
 @lru_cache(maxsize=256)
@@ -6648,10 +6572,9 @@ def split_host(value: str) -> tuple[str, int | None]:
         raise Problem(400, "the address in Host is malformed") from None
 
 
-def _percent_byte(match: re.Match[bytes]) -> bytes:
-    if match[1] is None:
-        raise Problem(400, "the URL has a % that is not followed by two hexadecimal digits")
-    return bytes((int(match[1], 16),))
+def _host_and_port(authority: str) -> tuple[str, int]:
+    host, port = split_host(authority)
+    return host, 80 if port is None else port
 
 
 def percent_decode(text: str, *, plus: bool = False) -> str:
@@ -6663,8 +6586,13 @@ def percent_decode(text: str, *, plus: bool = False) -> str:
         text = text.replace("+", " ")
     if "%" not in text:
         return text
+    from urllib.parse import unquote
+
+    if _HTTP_BAD_PERCENT.search(text) is not None:
+        raise Problem(400, "the URL has a % that is not followed by two hexadecimal digits")
     try:
-        decoded = _HTTP_PERCENT.sub(_percent_byte, text.encode("ascii")).decode("utf-8")
+        text.encode("ascii")
+        decoded = unquote(text, errors="strict")
     except UnicodeError:
         raise Problem(400, "the URL is not UTF-8") from None
     if "\0" in decoded:
@@ -6675,25 +6603,15 @@ def percent_decode(text: str, *, plus: bool = False) -> str:
 class Request:
     """One request.
 
-    method: "GET", ...; path and query: as sent, undecoded (query "" when absent); authority: the Host, or
-    that of an absolute target, "" if an HTTP/1.0 client named none; headers: lower-case name -> value,
-    repeated fields joined with ", "; params: path parameters, decoded, set by the router; connection: set
-    by the server.
+    path and query: as sent, undecoded; authority: the Host, or that of an absolute target, "" if an HTTP/1.0
+    client named none; headers: lower-case name -> value, repeated fields joined with ", "; params: path
+    parameters, decoded, set by the router; connection: set by the server.
     """
 
     __slots__ = (
-        "method",
-        "path",
-        "query",
-        "authority",
-        "headers",
-        "body",
-        "http10",
-        "keep_alive",
-        "connection",
-        "params",
+        "method", "path", "query", "authority", "headers", "body", "http10", "keep_alive", "connection", "params",
         "_args",
-    )
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -6719,9 +6637,6 @@ class Request:
         self.params: dict[str, str] = {}
         self._args: list[tuple[str, str]] | None = None
 
-    def __repr__(self) -> str:
-        return f"<Request {self.method} {self.path}>"
-
     def json(self) -> Any:
         """The body as JSON whatever Content-Type says (Metaflow's heartbeats have none); Problem(400)."""
         return loads(self.body)
@@ -6729,25 +6644,16 @@ class Request:
     def args(self) -> list[tuple[str, str]]:
         """The decoded (name, value) pairs of the query in their order, `a` being ("a", ""); Problem(400)."""
         if self._args is None:
-            pairs = []
-            for part in self.query.split("&"):
-                if part:
-                    name, _, value = part.partition("=")
-                    pairs.append(
-                        (percent_decode(name, plus=True), percent_decode(value, plus=True))
-                    )
-            self._args = pairs
+            pairs = [part.partition("=") for part in self.query.split("&") if part]
+            self._args = [
+                (percent_decode(name, plus=True), percent_decode(value, plus=True))
+                for name, _, value in pairs
+            ]
         return self._args
 
     def arg(self, name: str, default: str | None = None) -> str | None:
         """The last value of a query parameter."""
-        for key, value in reversed(self.args()):
-            if key == name:
-                return value
-        return default
-
-
-_AT_IDLE, _AT_HEAD, _AT_BODY, _AT_SIZE, _AT_DATA, _AT_DATA_END, _AT_TRAILERS, _AT_DONE = range(8)
+        return dict(self.args()).get(name, default)
 
 
 class RequestParser:
@@ -6756,56 +6662,37 @@ class RequestParser:
     feed() what was read, then call next(): a request, or None when more bytes are needed. Call it again
     only when that request has been answered; read little meanwhile (`buffered` says how much waits). The
     first bad byte makes next() raise Problem with close=True; nothing behind it is looked at: from then on,
-    as after a request with `Connection: close`, next() returns None and feed() does nothing (`done`). What
-    comes out does not depend on how the bytes were cut into pieces.
-    """
+    as after a request with `Connection: close`, next() returns None and feed() does nothing (`done`).
 
-    __slots__ = (
-        "wants_continue",
-        "pending",
-        "_buf",
-        "_state",
-        "_eof",
-        "_skipped",
-        "_seen",
-        "_total",
-        "_count",
-        "_absolute",
-        "_need",
-        "_body",
-        "_chunks",
-        "_extensions",
-        "cut_off",
-    )
+    How it works: each state has one reader (see _HTTP_READERS), which takes from the buffer what it can use
+    and says whether it has got anywhere. Lines are looked at one after the other, and caps and characters as
+    bytes arrive, so that what comes out does not depend on how the bytes were cut into pieces.
+    """
 
     def __init__(self) -> None:
         # True when the client waits for CONTINUE before it sends a body; set it to False once that is sent.
         self.wants_continue = False
-        # The request whose head has come and whose body has not: it can be refused before that is read.
+        # The request whose head has begun and whose body has not ended: it can be refused before that is read.
         self.pending: Request | None = None
-        self._buf = bytearray()
-        self._state = _AT_IDLE
-        self._eof = False
-        self._skipped = False
-        self._absolute = False
         self.cut_off = False  # an error has ended the parsing: more may still be coming
-        self._need = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self._seen = 0  # bytes of the unfinished line that have been checked
-        self._total = 0  # bytes of the finished lines
-        self._count = 0  # header lines
+        self._whole: Request | None = None
+        self._buf = bytearray()
+        self._state = "idle"
+        self._eof = False
+        self._skipped = False  # the one empty line that is forgiven before a request
+        self._size = 0  # bytes of the finished lines of this head, or of these trailers
+        self._fields = 0  # their number
+        self._need = 0  # bytes of the body, or of the chunk, still to come
         self._body = bytearray()
         self._chunks = 0
-        self._extensions = 0
+        self._extensions = 0  # bytes
 
     @property
     def phase(self) -> str:
         """What is waited for: "idle" (the next request), "head", "body"; or "done"."""
-        if self._state == _AT_IDLE:
-            return "head" if self._buf else "idle"
-        return "head" if self._state == _AT_HEAD else "done" if self._state == _AT_DONE else "body"
+        if self._state == "idle" and self._buf:
+            return "head"
+        return self._state if self._state in ("idle", "head", "done") else "body"
 
     @property
     def in_message(self) -> bool:
@@ -6815,7 +6702,7 @@ class RequestParser:
     @property
     def done(self) -> bool:
         """True when nothing more will be parsed on this connection."""
-        return self._state == _AT_DONE
+        return self._state == "done"
 
     @property
     def buffered(self) -> int:
@@ -6829,7 +6716,7 @@ class RequestParser:
 
     def feed(self, data: bytes) -> None:
         """Bytes as they came; next() takes requests from them."""
-        if self._state != _AT_DONE:
+        if self._state != "done":
             self.wants_continue = False
             self._buf += data
 
@@ -6842,14 +6729,15 @@ class RequestParser:
         data = bytes(self._buf)
         self._buf.clear()
         self._body = bytearray()
-        self._state = _AT_DONE
+        self._state = "done"
         return data
 
     def next(self) -> Request | None:
         """The next complete request, or None; Problem (close=True) at the first bad byte."""
         try:
-            waiting = self._state <= _AT_HEAD and not self._read_head()
-            request = None if waiting else self._read_body()
+            while self._whole is None and _HTTP_READERS[self._state](self):
+                pass
+            request, self._whole = self._whole, None
             if request is None and self._eof and self.in_message:
                 raise Problem(400, "the connection was closed in the middle of a request")
             return request
@@ -6861,35 +6749,8 @@ class RequestParser:
             self.wants_continue = False
             raise
 
-    def _read_head(self) -> bool:
-        """True when a head has been taken: a complete, small one at one go, all else line by line."""
-        buf = self._buf
-        if self._state == _AT_IDLE:
-            end = buf.find(b"\r\n\r\n", 0, MAX_LINE)
-            if end > 0 and buf[0] > 32:
-                head = buf[:end]
-                lines = head.decode("latin-1").split("\r\n")
-                if (
-                    len(lines) <= MAX_HEADERS
-                    and len(head.translate(None, _HTTP_TEXT)) == 2 * len(lines) - 2
-                ):
-                    del buf[: end + 4]
-                    request = self._request_line(lines[0])
-                    del lines[0]
-                    _add_fields(request.headers, lines)
-                    self._head_complete(request)
-                    return True
-            if not self._begin():
-                return False
-        if not self._take_lines():
-            return False
-        assert self.pending is not None
-        self._reset()
-        self._head_complete(self.pending)
-        return True
-
-    def _begin(self) -> bool:
-        """Looks at the first byte: one empty line is forgiven, what cannot be HTTP fails at once."""
+    def _read_start(self) -> bool:
+        """One empty line is forgiven, what cannot be HTTP (TLS, say) fails with its first byte."""
         buf = self._buf
         if not self._skipped and buf.startswith(b"\r\n"):
             del buf[:2]
@@ -6898,208 +6759,105 @@ class RequestParser:
             return False
         if not 32 < buf[0] < 127:
             raise Problem(400, "this is not HTTP")
-        self._state = _AT_HEAD
+        self._state = "head"
+        self._size = self._fields = 0
         return True
 
-    def _take_lines(self) -> bool:
-        """Takes complete lines out of the buffer, head or trailers; True when the empty line has come."""
+    def _line(self) -> str | None:
+        """The next line of a head or of trailers; Problem as soon as one is too long or has a control character."""
         buf = self._buf
-        start = 0
-        try:
-            while True:
-                end = buf.find(b"\r\n", start + max(self._seen - 1, 0))
-                text = bytes(buf[start:end] if end >= 0 else buf[start:])
-                self._check_text(text, end >= 0)
-                if end < 0:
-                    self._seen = len(text)
-                    return False
-                start = end + 2
-                self._seen = 0
-                self._total += len(text) + 2
-                if not text:
-                    return True
-                self._take_line(text.decode("latin-1"))
-        finally:
-            del buf[:start]
-
-    def _take_line(self, line: str) -> None:
-        if self._state == _AT_HEAD and self.pending is None:
-            self.pending = self._request_line(line)
-            return
-        self._count += 1
-        if self._count > MAX_HEADERS:
-            raise Problem(431, f"more than {MAX_HEADERS} header fields")
-        if self._state == _AT_HEAD:
-            assert self.pending is not None
-            _add_fields(self.pending.headers, (line,))
-        else:
-            _add_fields({}, (line,))  # trailers must be well formed, and mean nothing here
-
-    def _check_text(self, text: bytes, complete: bool) -> None:
-        """Refuses a control character or a line that is too long, whichever comes first in it.
-
-        A CR is known to be wrong only when the byte behind it is not LF.
-        """
-        first = self._state == _AT_HEAD and self.pending is None
-        room = max(min(MAX_LINE, MAX_HEADER_BYTES - self._total), 0)
-        bad = _HTTP_CONTROL.search(text, max(self._seen - 1, 0))
-        if bad is not None:
-            at = bad.start()
-            if text[at] != 13:
-                if at <= room:
-                    raise Problem(
-                        400, "a control character or a bare LF in the head of the request"
-                    )
-            elif (complete or at + 1 < len(text)) and at <= room:
-                raise Problem(400, "a bare CR in the head of the request")
+        end = buf.find(b"\r\n", 0, MAX_LINE + 2)
+        text = bytes(buf[: MAX_LINE + 2] if end < 0 else buf[:end])
+        room = max(min(MAX_LINE, MAX_HEADER_BYTES - self._size), 0)
+        bad = _HTTP_CONTROL.search(text, 0, room + 1)
+        # A CR at the end of what has come may be half of a line's end.
+        if bad is not None and (bad[0] != b"\r" or end >= 0 or bad.end() < len(text)):
+            raise Problem(400, "a control character, bare CR or bare LF in the head of the request")
         if len(text) > room and text[room] != 13:
-            if first:
+            if self._state == "head" and self.pending is None:
                 raise Problem(414, f"the request line is longer than {MAX_LINE} bytes")
             raise Problem(
                 431, f"a header line of over {MAX_LINE} bytes, or over {MAX_HEADER_BYTES} in all"
             )
+        if end < 0:
+            return None
+        del buf[: end + 2]
+        self._size += end + 2
+        return text.decode("latin-1")
 
-    def _request_line(self, line: str) -> Request:
-        parts = line.split(" ")
-        if len(parts) != 3:
-            raise Problem(
-                400, "the request line is not: method, target and version, one space between"
-            )
-        method, target, version = parts
-        if version != "HTTP/1.1" and version != "HTTP/1.0":
-            if _HTTP_VERSION.fullmatch(version) is None:
-                raise Problem(400, "the HTTP version is malformed")
-            raise Problem(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
-        if method not in _HTTP_METHODS:
-            if _HTTP_TOKEN.fullmatch(method) is None or method != method.upper():
-                raise Problem(400, "the method is malformed (methods are upper-case)")
-            raise Problem(501, "the method is not implemented")
-        if method == "CONNECT":
-            raise Problem(
-                405, "this is no proxy", headers={"Allow": "GET, HEAD, POST, PATCH, OPTIONS"}
-            )
-        authority = ""
-        self._absolute = False
-        if _HTTP_TARGET.fullmatch(target) is None:
-            absolute = _HTTP_ABSOLUTE.fullmatch(target)
-            if absolute is not None:
-                authority = absolute[1]
-                split_host(authority)
-                self._absolute = True
-                target = absolute[2] or "/"
-                if target[0] == "?":
-                    target = "/" + target
-            elif target != "*" or method != "OPTIONS":
-                raise Problem(400, "the request target is malformed")
-        path, _, query = target.partition("?")
-        return Request(method, path, query, authority=authority, http10=version == "HTTP/1.0")
+    def _read_head(self) -> bool:
+        while True:
+            line = self._line()
+            if line is None:
+                return False
+            if self.pending is None:
+                self.pending = _request_line(line)
+            elif line:
+                self._count_field()
+                _add_field(self.pending.headers, line)
+            else:
+                self._frame(self.pending)
+                return True
 
-    def _head_complete(self, request: Request) -> None:
+    def _count_field(self) -> None:
+        self._fields += 1
+        if self._fields > MAX_HEADERS:
+            raise Problem(431, f"more than {MAX_HEADERS} header fields")
+
+    def _frame(self, request: Request) -> None:
         """Checks what the header fields say together and settles how the body is framed."""
-        self.pending = request
         headers = request.headers
         host = headers.get("host")
         if host is None:
             if not request.http10:
                 raise Problem(400, "an HTTP/1.1 request needs a Host")
-        elif not self._absolute:
+        elif not request.authority:
             split_host(host)
             request.authority = host
         elif _host_and_port(host) != _host_and_port(request.authority):
             raise Problem(400, "Host and the target of the request differ")
-        connection = headers.get("connection")
-        if connection is None:
-            request.keep_alive = not request.http10
-        elif connection != "keep-alive":
-            tokens = [token.strip(" \t") for token in connection.lower().split(",")]
-            request.keep_alive = "close" not in tokens and (
-                not request.http10 or "keep-alive" in tokens
-            )
-        length = headers.get("content-length")
-        coding = headers.get("transfer-encoding")
+        tokens = [token.strip(" \t") for token in headers.get("connection", "").lower().split(",")]
+        request.keep_alive = "close" not in tokens and (
+            not request.http10 or "keep-alive" in tokens
+        )
+        self._state, self._need = "body", 0
+        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
         if coding is not None:
             _check_coding(coding, length, request.http10)
-            self._state = _AT_SIZE
-        else:
-            self._state = _AT_BODY
-            self._need = 0
-            if length is not None:
-                if _HTTP_LENGTH.fullmatch(length) is None:
-                    raise Problem(400, "Content-Length is not a number")
-                self._need = int(length)
-                if self._need > MAX_BODY:
-                    raise _too_large()
+            self._state, self._chunks, self._extensions = "size", 0, 0
+        elif length is not None:
+            if _HTTP_LENGTH.fullmatch(length) is None:
+                raise Problem(400, "Content-Length is not a number")
+            self._need = int(length)
+            if self._need > MAX_BODY:
+                raise _too_large()
         expect = headers.get("expect")
         if expect is not None and not request.http10:
             if expect.lower() != "100-continue":
                 raise Problem(417, "only 100-continue can be expected")
             self.wants_continue = not self._buf and (coding is not None or self._need > 0)
 
-    def _read_body(self) -> Request | None:
-        buf = self._buf
-        request = self.pending
-        if request is None:
-            return None
-        if self._state == _AT_BODY:
-            need = self._need
-            if need:
-                if len(buf) < need:
-                    return None
-                with memoryview(buf) as view:
-                    request.body = bytes(view[:need])
-                del buf[:need]
-        else:
-            if not self._take_chunks():
-                return None
-            request.body = bytes(self._body)
-            self._reset()
-        self.pending = None
-        self._skipped = False
-        self._state = _AT_IDLE
-        if not request.keep_alive:
-            self.rest()
-        return request
+    def _read_body(self) -> bool:
+        if len(self._buf) < self._need:
+            return False
+        with memoryview(self._buf) as view:
+            body = bytes(view[: self._need])
+        del self._buf[: self._need]
+        return self._complete(body)
 
-    def _take_chunks(self) -> bool:
-        """Moves chunks from the buffer to the body; True when the last one and the trailers have come."""
+    def _read_size(self) -> bool:
         buf = self._buf
-        start = 0
-        while self._state != _AT_TRAILERS:
-            if self._state == _AT_SIZE:
-                end = buf.find(b"\r\n", start, start + MAX_CHUNK_LINE + 2)
-                if end < 0:
-                    begun = bytes(buf[start : start + MAX_CHUNK_LINE + 2])
-                    if len(begun.rstrip(b"\r")) > MAX_CHUNK_LINE or not _HTTP_CHUNK_BEGUN.fullmatch(
-                        begun
-                    ):
-                        raise Problem(400, "a chunk's size line is malformed")
-                    break
-                self._chunk_size(bytes(buf[start:end]))
-                start = end + 2
-            elif self._state == _AT_DATA:
-                data = buf[start : start + self._need]
-                if not data:
-                    break
-                self._body += data
-                start += len(data)
-                self._need -= len(data)
-                if self._need:
-                    break
-                self._state = _AT_DATA_END
-            else:
-                if not b"\r\n".startswith(buf[start : start + 2]):
-                    raise Problem(400, "a chunk does not end where its size says")
-                if len(buf) - start < 2:
-                    break
-                start += 2
-                self._state = _AT_SIZE
-        del buf[:start]
-        return self._state == _AT_TRAILERS and self._take_lines()
-
-    def _chunk_size(self, line: bytes) -> None:
-        match = _HTTP_CHUNK_LINE.fullmatch(line)
+        end = buf.find(b"\r\n", 0, MAX_CHUNK_LINE + 2)
+        if end < 0:
+            begun = bytes(buf[: MAX_CHUNK_LINE + 2])
+            too_long = len(begun.rstrip(b"\r")) > MAX_CHUNK_LINE
+            if too_long or not _HTTP_CHUNK_BEGUN.fullmatch(begun):
+                raise Problem(400, "a chunk's size line is malformed")
+            return False
+        match = _HTTP_CHUNK_LINE.fullmatch(bytes(buf[:end]))
         if match is None:
             raise Problem(400, "a chunk's size line is malformed")
+        del buf[: end + 2]
         self._need = int(match[1], 16)
         self._chunks += 1
         self._extensions += len(match[2])
@@ -7109,16 +6867,96 @@ class RequestParser:
             raise _too_large()
         if self._chunks > MAX_CHUNKS:
             raise Problem(413, f"the body comes in more than {MAX_CHUNKS} chunks")
-        self._state = _AT_DATA if self._need else _AT_TRAILERS
+        self._state = "data" if self._need else "trailers"
+        self._size = self._fields = 0
+        return True
+
+    def _read_data(self) -> bool:
+        data = self._buf[: self._need]
+        del self._buf[: len(data)]
+        self._body += data
+        self._need -= len(data)
+        if self._need:
+            return False
+        self._state = "data end"
+        return True
+
+    def _read_data_end(self) -> bool:
+        if not b"\r\n".startswith(self._buf[:2]):
+            raise Problem(400, "a chunk does not end where its size says")
+        if len(self._buf) < 2:
+            return False
+        del self._buf[:2]
+        self._state = "size"
+        return True
+
+    def _read_trailers(self) -> bool:
+        """They must be well formed, and mean nothing here."""
+        while True:
+            line = self._line()
+            if line is None:
+                return False
+            if not line:
+                body, self._body = bytes(self._body), bytearray()
+                return self._complete(body)
+            self._count_field()
+            _add_field({}, line)
+
+    def _complete(self, body: bytes) -> bool:
+        request = self._whole = self.pending
+        assert request is not None
+        request.body = body
+        self.pending = None
+        self._skipped = False
+        self._state = "idle"
+        if not request.keep_alive:
+            self.rest()
+        return True
+
+
+_HTTP_READERS: dict[str, Callable[[RequestParser], bool]] = {
+    "idle": RequestParser._read_start,
+    "head": RequestParser._read_head,
+    "body": RequestParser._read_body,
+    "size": RequestParser._read_size,
+    "data": RequestParser._read_data,
+    "data end": RequestParser._read_data_end,
+    "trailers": RequestParser._read_trailers,
+    "done": lambda parser: False,
+}
+
+
+def _request_line(line: str) -> Request:
+    parts = line.split(" ")
+    if len(parts) != 3:
+        raise Problem(400, "the request line is not: method, target and version, one space between")
+    method, target, version = parts
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        if _HTTP_VERSION.fullmatch(version) is None:
+            raise Problem(400, "the HTTP version is malformed")
+        raise Problem(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    if method not in _HTTP_METHODS:
+        if _HTTP_TOKEN.fullmatch(method) is None or method != method.upper():
+            raise Problem(400, "the method is malformed (methods are upper-case)")
+        raise Problem(501, "the method is not implemented")
+    if method == "CONNECT":
+        allow = {"Allow": "GET, HEAD, POST, PATCH, OPTIONS"}
+        raise Problem(405, "this is no proxy", headers=allow)
+    authority = ""
+    if _HTTP_TARGET.fullmatch(target) is None:
+        absolute = _HTTP_ABSOLUTE.fullmatch(target)
+        if absolute is not None:
+            authority, target = absolute[1], absolute[2] or "/"
+            split_host(authority)
+            target = target if target[0] == "/" else "/" + target
+        elif target != "*" or method != "OPTIONS":
+            raise Problem(400, "the request target is malformed")
+    path, _, query = target.partition("?")
+    return Request(method, path, query, authority=authority, http10=version == "HTTP/1.0")
 
 
 def _too_large() -> Problem:
     return Problem(413, f"the body is larger than {MAX_BODY} bytes")
-
-
-def _host_and_port(authority: str) -> tuple[str, int]:
-    host, port = split_host(authority)
-    return host, 80 if port is None else port
 
 
 def _check_coding(coding: str, length: str | None, http10: bool) -> None:
@@ -7132,26 +6970,23 @@ def _check_coding(coding: str, length: str | None, http10: bool) -> None:
         raise Problem(501, "the only transfer coding is chunked")
 
 
-def _add_fields(headers: dict[str, str], lines: Iterable[str]) -> None:
-    """Adds header lines (whose bytes have been checked) to the dict; Problem(400)."""
-    for line in lines:
-        field, colon, value = line.partition(":")
-        name = _HTTP_NAMES.get(field)
-        if name is None or not colon:
-            name = _field_name(field, colon)
-        value = value.strip(" \t")
-        if name in headers:
-            if name in _HTTP_SINGLETONS:
-                raise Problem(400, f"more than one {name} field")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
+def _add_field(headers: dict[str, str], line: str) -> None:
+    """Adds a header line (whose bytes have been checked) to the dict; Problem(400)."""
+    field, colon, value = line.partition(":")
+    if not colon and line[:1] not in (" ", "\t"):
+        raise Problem(400, "a header line without a colon")
+    name, value = _field_name(field), value.strip(" \t")
+    if name in headers:
+        if name in _HTTP_SINGLETONS:
+            raise Problem(400, f"more than one {name} field")
+        value = f"{headers[name]}, {value}"
+    headers[name] = value
 
 
-def _field_name(field: str, colon: str) -> str:
+@lru_cache(maxsize=512)
+def _field_name(field: str) -> str:
     if field[:1] in (" ", "\t"):
         raise Problem(400, "a header field is folded over several lines")
-    if not colon:
-        raise Problem(400, "a header line without a colon")
     if _HTTP_TOKEN.fullmatch(field) is None:
         raise Problem(400, "the name of a header field is malformed")
     return field.lower()
@@ -7161,16 +6996,13 @@ def _field_name(field: str, colon: str) -> str:
 _HTTP_FRAMING = frozenset(("content-length", "transfer-encoding", "connection", "content-type"))
 
 
-def _header_line(name: str, value: str) -> bytes:
-    """The one place where a header line is made: refuses whatever could end the line or start another."""
-    if _HTTP_TOKEN.fullmatch(name) is None or _HTTP_VALUE.fullmatch(value) is None:
-        raise ValueError(f"not fit for a response header: {name!r}: {value!r}")
-    return f"{name}: {value}\r\n".encode("latin-1")
-
-
 @lru_cache(maxsize=256)
 def _header_lines(headers: tuple[tuple[str, str], ...]) -> bytes:
-    return b"".join([_header_line(name, value) for name, value in headers])
+    """The one place where header lines are made: ValueError for what could end a line or start another."""
+    for name, value in headers:
+        if _HTTP_TOKEN.fullmatch(name) is None or _HTTP_VALUE.fullmatch(value) is None:
+            raise ValueError(f"not fit for a response header: {name!r}: {value!r}")
+    return "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("latin-1")
 
 
 @lru_cache(maxsize=256)
@@ -7212,9 +7044,6 @@ class Response:
         self.length = length
         self.close = False
 
-    def __repr__(self) -> str:
-        return f"<Response {self.status} {self.content_type}>"
-
     def keeps_alive(self, request: Request | None) -> bool:
         """Whether another request may follow on the connection; `request` None: what came was unreadable."""
         if request is None or self.close or not request.keep_alive:
@@ -7230,6 +7059,42 @@ class Response:
     def cost(self) -> int:
         """Bytes of memory that it holds while a slow client takes it; 0 if it is short."""
         return 0 if self.is_short else STREAM_COST if self.stream is not None else len(self.body)
+
+    def encode(
+        self, request: Request | None = None, *, close: bool = False, extra: Headers = ()
+    ) -> bytes:
+        """The answer to `request` as bytes; only the head if it is not short, and then pieces() follow.
+
+        To HEAD no body goes. request=None answers what could not be parsed, and closes. `extra`: headers that
+        many answers share (cors_headers). ValueError if a header would break the framing (answer 500 then).
+        """
+        status = self.status
+        bodiless = status < 200 or status in (204, 304)
+        names = {name.lower() for name, _ in self.headers}
+        if status == 101:
+            names.discard("connection")
+        if names & _HTTP_FRAMING:
+            raise ValueError("headers of the framing are not for handlers to set")
+        start = _head_start(status, "" if bodiless else self.content_type)
+        parts = [start, _header_lines(extra), _header_lines(tuple(self.headers))]
+        if status >= 200:
+            if close or not self.keeps_alive(request):
+                parts.append(b"Connection: close\r\n")
+            elif request is not None and request.http10:
+                parts.append(b"Connection: keep-alive\r\n")
+        length = len(self.body) if self.length is None else self.length
+        if bodiless:
+            parts.append(
+                b"Content-Length: %d\r\n\r\n" % length if length and status == 304 else b"\r\n"
+            )
+        elif self.stream is not None and self.length is None:
+            chunked = request is None or not request.http10
+            parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"\r\n")
+        else:
+            parts.append(b"Content-Length: %d\r\n\r\n" % length)
+            if self.is_short and (request is None or request.method != "HEAD"):
+                parts.append(self.body)
+        return b"".join(parts)
 
     async def pieces(self, request: Request) -> AsyncIterator[bytes | memoryview]:
         """The body of an answer that is not short, as it goes over the wire."""
@@ -7255,49 +7120,6 @@ class Response:
         close = getattr(self.stream, "aclose", None)
         if close is not None:
             await close()
-
-    def encode(
-        self,
-        request: Request | None = None,
-        *,
-        close: bool = False,
-        extra: tuple[tuple[str, str], ...] = (),
-    ) -> bytes:
-        """The answer to `request` as bytes; only the head if it is not short, and then pieces() follow.
-
-        To HEAD no body goes. request=None answers what could not be parsed, and closes.
-        `extra`: headers that many answers share (cors_headers), encoded once. ValueError if a header would
-        break the framing (answer 500 then).
-        """
-        status = self.status
-        bodiless = status < 200 or status == 204 or status == 304
-        parts = [_head_start(status, "" if bodiless else self.content_type)]
-        if extra:
-            parts.append(_header_lines(extra))
-        for name, value in self.headers:
-            if name.lower() in _HTTP_FRAMING and not (
-                status == 101 and name.lower() == "connection"
-            ):
-                raise ValueError(f"{name} is not for handlers to set")
-            parts.append(_header_line(name, value))
-        if status >= 200:
-            if close or not self.keeps_alive(request):
-                parts.append(b"Connection: close\r\n")
-            elif request is not None and request.http10:
-                parts.append(b"Connection: keep-alive\r\n")
-        if bodiless:
-            if status == 304 and self.body:
-                parts.append(b"Content-Length: %d\r\n" % len(self.body))
-            parts.append(b"\r\n")
-        elif self.stream is not None and self.length is None:
-            chunked = request is None or not request.http10
-            parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"\r\n")
-        else:
-            length = len(self.body) if self.length is None else self.length
-            parts.append(b"Content-Length: %d\r\n\r\n" % length)
-            if self.is_short and (request is None or request.method != "HEAD"):
-                parts.append(self.body)
-        return b"".join(parts)
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -7705,8 +7527,6 @@ class WebSocketProtocol:
 # A handler returns a Response, an awaitable of one, or what the server takes over (a WebSocket).
 if TYPE_CHECKING:
     Handler = Callable[[Request], Any]
-Headers = tuple[tuple[str, str], ...]
-
 # Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
