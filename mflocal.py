@@ -7,6 +7,7 @@ only sections above it. See docs/architecture.md.
 
 from __future__ import annotations
 
+import argparse
 import array
 import base64
 import codecs
@@ -15,14 +16,17 @@ import datetime
 import errno
 import fcntl
 import functools
+import glob
 import heapq
 import importlib
+import io
 import json
 import math
 import operator
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import stat
@@ -31,6 +35,7 @@ import sys
 import threading
 import time
 import zlib
+from argparse import ArgumentTypeError
 from functools import lru_cache
 from typing import (
     IO,
@@ -239,7 +244,10 @@ PATTERN_TIMEOUT = (
     2.0  # s for a pattern of filtered_tasks that might explode, in a process of its own
 )
 MAX_CARD_ROOTS = 16  # places outside the root where its flows have put their cards
-LEASE_HEADER = "x-mflocal-lease"  # set by `mflocal run` through METAFLOW_SERVICE_HEADERS
+# The URL that `mflocal run` gives its flow leads to this and the id of its lease; a header to handlers.
+LEASE_PREFIX = "/_lease/"
+LEASE_HEADER = "x-mflocal-lease"
+REDIRECT_SECONDS = 60.0  # s for which `mflocal ui` keeps the page that leads the browser to it
 
 # Subscriptions.
 COALESCE = (
@@ -409,135 +417,163 @@ def _digits(text: str) -> bool:
     return 0 < len(text) <= 9 and text.isascii() and text.isdigit()
 
 
-def _port(name: str, text: str) -> int:
+# What argparse's `type=` takes: the value of a text, or ArgumentTypeError saying what it must be.
+
+
+def _port(text: str) -> int:
     if not _digits(text) or int(text) > 65535:
-        raise SettingsError("%s must be a port number from 0 to 65535, not %r" % (name, text))
+        raise ArgumentTypeError("must be a port number from 0 to 65535, not %r" % text)
     return int(text)
 
 
-def _seconds(name: str, text: str) -> float:
+def _seconds(text: str) -> float:
     whole, _, part = text.partition(".")
     if not _digits(whole) or (part and not _digits(part)):
-        raise SettingsError("%s must be a number of seconds (0 or more), not %r" % (name, text))
+        raise ArgumentTypeError("must be a number of seconds (0 or more), not %r" % text)
     return float(text)
 
 
-def _positive(name: str, text: str) -> float:
-    value = _seconds(name, text)
-    if value == 0:
-        raise SettingsError("%s must be more than 0 seconds" % name)
-    return value
+def _positive(text: str) -> float:
+    if _seconds(text) == 0:
+        raise ArgumentTypeError("must be more than 0 seconds")
+    return _seconds(text)
 
 
-def _switch(name: str, text: str) -> bool:
-    word = text.lower()
-    if word in ("1", "true", "yes", "on"):
-        return True
-    if word in ("0", "false", "no", "off"):
-        return False
-    raise SettingsError("%s must be 1, true, yes or 0, false, no, not %r" % (name, text))
+def _switch(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True}
+    words.update({"0": False, "false": False, "no": False, "off": False})
+    if text.lower() not in words:
+        raise ArgumentTypeError("must be 1, true, yes or 0, false, no, not %r" % text)
+    return words[text.lower()]
 
 
-def _mode(name: str, text: str) -> str:
+def _mode(text: str) -> str:
     if text not in HEARTBEAT_MODES:
-        raise SettingsError(
-            "%s must be one of %s, not %r" % (name, ", ".join(HEARTBEAT_MODES), text)
-        )
+        raise ArgumentTypeError("must be one of %s, not %r" % (", ".join(HEARTBEAT_MODES), text))
     return text
 
 
-def _key(name: str, text: str) -> str:
+def _key(text: str) -> str:
     # It travels in an HTTP header: anything but visible ASCII would be refused there, or altered.
     if len(text) > 512 or not all("!" <= c <= "~" for c in text):
-        raise SettingsError(
-            "%s must be visible ASCII characters without spaces, at most 512" % name
-        )
+        raise ArgumentTypeError("must be visible ASCII characters without spaces, at most 512")
     return text
 
 
-def _hostname(name: str, text: str) -> str:
+def _hostname(text: str) -> str:
     host = text.strip().strip("[]").lower()
     plain = host.replace(":", "") if host.count(":") > 1 else host  # an IPv6 address has colons
-    ok = host == "::" or plain and plain.isascii() and all(c.isalnum() or c in "-._" for c in plain)
-    if not ok or len(host) > 253:
-        raise SettingsError("%s must be a host name or address without port, not %r" % (name, text))
+    ok = plain and plain.isascii() and all(c.isalnum() or c in "-._" for c in plain)
+    if host != "::" and not ok or len(host) > 253:
+        raise ArgumentTypeError("must be a host name or address without port, not %r" % text)
     return host
 
 
-def _hosts(name: str, text: str) -> Tuple[str, ...]:
-    return tuple(_hostname(name, part) for part in text.split(",") if part.strip())
+def _bind_host(text: str) -> str:
+    """An address in its usual form: `127.1` and `0` are addresses for every socket, names for nobody."""
+    host = _hostname(text)
+    if host == "localhost":
+        return "127.0.0.1"  # it may mean two addresses; a URL only one
+    try:
+        if ":" in host:
+            return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, host))
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        return host
 
 
-def _origins(name: str, text: str) -> Tuple[str, ...]:
+def _hosts(text: str) -> List[str]:
+    return [_hostname(part) for part in text.split(",") if part.strip()]
+
+
+def _origins(text: str) -> List[str]:
     found: List[str] = []
-    for part in text.split(","):
+    for part in filter(str.strip, text.split(",")):
         origin = part.strip().rstrip("/").lower()
-        if not origin:
-            continue
         scheme, sep, rest = origin.partition("://")
         host, _, port = rest.rpartition(":")
         if not host or rest.endswith("]"):
             host, port = rest, ""
         if scheme not in ("http", "https") or not sep or (port and not _digits(port)):
-            raise SettingsError("%s must be like http://name:3000, not %r" % (name, part))
-        _hostname(name, host)
+            raise ArgumentTypeError("must be like http://name:3000, not %r" % part)
+        _hostname(host)
         found.append(origin)
-    return tuple(found)
+    return found
 
 
-def _path(name: str, text: str) -> str:
+def _path(text: str) -> str:
     if "\0" in text:
-        raise SettingsError("%s holds a NUL character" % name)
+        raise ArgumentTypeError("holds a NUL character")
     return os.path.abspath(os.path.expanduser(text))
 
 
-def _bind_host(name: str, text: str) -> str:
-    host = _hostname(name, text)
-    return (
-        "127.0.0.1" if host == "localhost" else host
-    )  # localhost may mean two addresses; a URL only one
+class Option(NamedTuple):
+    """How to set a field of Settings: a flag, the rest of an environment variable's name, or both."""
+
+    flag: str
+    variable: str
+    parse: Callable[[str], Any]
+    metavar: str = ""
+    help: str = ""
 
 
-# field of Settings -> (flag or "", rest of the environment variable's name or "", parser)
-OPTIONS: Mapping[str, Tuple[str, str, Any]] = {
-    "host": ("--host", "", _bind_host),
-    "port": ("--port", "PORT", _port),
-    "idle_timeout": ("--idle-timeout", "IDLE_TIMEOUT", _seconds),
-    "auth_key": ("", "AUTH_KEY", _key),
-    "allowed_hosts": ("--allow-host", "ALLOWED_HOSTS", _hosts),
-    "allowed_origins": ("--allow-origin", "ALLOWED_ORIGINS", _origins),
-    "debug": ("", "DEBUG", _switch),
-    "heartbeats": ("--heartbeats", "HEARTBEATS", _mode),
-    "run_cutoff": ("", "RUN_CUTOFF", _positive),
-    "local_cutoff": ("", "LOCAL_CUTOFF", _positive),
-    "ui_bundle": ("--bundle", "UI_BUNDLE", _path),
-    "notifications": ("", "NOTIFICATIONS", _path),
-    "links": ("", "LINKS", _path),
-    "plugins": ("", "PLUGINS", _path),
-}
+OPTIONS: Mapping[str, Option] = {
+    "host": Option(
+        "--host", "", _bind_host, "HOST", "listen on (default 127.0.0.1; others need an auth key)"
+    ),
+    "port": Option(
+        "--port", "PORT", _port, "PORT", "TCP port (default 0: this root's last, else a free one)"
+    ),
+    "idle_timeout": Option(
+        "--idle-timeout", "IDLE_TIMEOUT", _seconds, "SECONDS",
+        "stop after so long without use, 0 = never (default 300; serve: 0)",
+    ),
+    "auth_key": Option("", "AUTH_KEY", _key),
+    "allowed_hosts": Option(
+        "--allow-host", "ALLOWED_HOSTS", _hosts, "NAME", "also answer for this Host (repeatable)"
+    ),
+    "allowed_origins": Option(
+        "--allow-origin", "ALLOWED_ORIGINS", _origins, "URL",
+        "also answer pages from this origin (repeatable)",
+    ),
+    "debug": Option("", "DEBUG", _switch),
+    "heartbeats": Option(
+        "--heartbeats", "HEARTBEATS", _mode, "MODE",
+        "sidecar: leave Metaflow its heartbeat processes (default auto: connections tell)",
+    ),
+    "run_cutoff": Option("", "RUN_CUTOFF", _positive),
+    "local_cutoff": Option("", "LOCAL_CUTOFF", _positive),
+    "ui_bundle": Option(
+        "--bundle", "UI_BUNDLE", _path, "DIR|ZIP", "static build of the Metaflow UI to serve"
+    ),
+    "notifications": Option("", "NOTIFICATIONS", _path),
+    "links": Option("", "LINKS", _path),
+    "plugins": Option("", "PLUGINS", _path),
+}  # fmt: skip
 
 
 def make_settings(
-    flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Optional[str] = None
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    cwd: Optional[str] = None,
+    **defaults: Any,
 ) -> Settings:
-    """Settings from flags (field name -> text, or list of texts for the repeatable ones; absent or None =
-    not given), then the environment, then the defaults. An empty variable counts as not set.
-
-    Raises SettingsError, its text naming the flag, the variable or the file.
-    """
+    """Settings from flags (field -> parsed value; absent or None = not given), then the environment, then
+    `defaults`. An empty variable counts as not set. Raises SettingsError naming the variable or file."""
     values: Dict[str, Any] = {}
-    for field, (flag, env, parse) in OPTIONS.items():
+    for field, option in OPTIONS.items():
         given = flags.get(field)
-        name = flag
-        if given is None and env:
-            name = ENV_PREFIX + env
-            given = environ.get(name) or None
-        if given is None:
-            continue
-        values[field] = parse(name, given if isinstance(given, str) else ",".join(given))
+        name = ENV_PREFIX + option.variable
+        if given is None and option.variable and environ.get(name):
+            try:
+                given = option.parse(environ[name])
+            except ArgumentTypeError as error:
+                raise SettingsError("%s %s" % (name, error)) from None
+        if given is not None:
+            values[field] = tuple(given) if isinstance(given, list) else given
     root, explicit = find_root(flags.get("root"), environ, cwd)
     asked = frozenset(values) | ({"root"} if explicit else frozenset())
-    settings = Settings(root=root, asked=asked, **values)
+    settings = Settings(root=root, asked=asked, **{**defaults, **values})
     if not is_loopback(settings.host) and not settings.auth_key:
         raise SettingsError(
             "--host %s would open the service to other machines: set %sAUTH_KEY first"
@@ -557,7 +593,6 @@ class ClientConfig:
     def __init__(self, environ: Mapping[str, str], cwd: str) -> None:
         self._environ = environ
         self._cwd = cwd
-        self._files: Optional[List[Mapping[str, Any]]] = None
 
     def get(self, name: str) -> Any:
         """The value of e.g. METAFLOW_SERVICE_URL: a string, or what the JSON file holds; None if not set.
@@ -566,25 +601,19 @@ class ClientConfig:
         """
         if name in self._environ:
             return self._environ[name]
-        if self._files is None:
-            self._files = [self._project(), self._user()]
-        for values in self._files:
-            if name in values:
-                return values[name]
-        return None
+        return self._files.get(name)
 
-    def _project(self) -> Mapping[str, Any]:
-        found = nearest_metaflow_dir(self._cwd)
-        return _json_file(os.path.join(found, "config.json")) if found else {}
-
-    def _user(self) -> Mapping[str, Any]:
+    @functools.cached_property
+    def _files(self) -> Mapping[str, Any]:
         home = self._environ.get("METAFLOW_HOME", "~/.metaflowconfig")
         profile = self._environ.get("METAFLOW_PROFILE")
         name = "config_%s.json" % profile if profile else "config.json"
         path = os.path.expanduser(os.path.join(home, name))
         if profile and not os.path.exists(path):
             raise SettingsError("METAFLOW_PROFILE is %r but there is no %s" % (profile, path))
-        return _json_file(path)
+        found = nearest_metaflow_dir(self._cwd)
+        project = _json_file(os.path.join(found, "config.json")) if found else {}
+        return {**_json_file(path), **project}
 
 
 def _json_file(path: str) -> Mapping[str, Any]:
@@ -7609,6 +7638,14 @@ class Router:
         return self.resolve(request)(request)
 
 
+def take_lease(request: Request) -> None:
+    """Turn the lease that stands before the path in the URLs of `mflocal run` into its header."""
+    if request.path.startswith(LEASE_PREFIX):
+        lease, _, path = request.path[len(LEASE_PREFIX) :].partition("/")
+        request.headers[LEASE_HEADER] = lease
+        request.path = "/" + path
+
+
 # Access: admit() is the one place where it is decided, for every request, upgrades to WebSocket included.
 #
 # 1. The Host must be known, or a name of an attacker's DNS that leads to 127.0.0.1 would pass (rebinding).
@@ -11620,6 +11657,7 @@ class Service:
 
     def admit(self, request: Request, connection: Connection) -> Headers:
         """Whether the client may ask this (Problem if not); the headers that every answer to it has."""
+        take_lease(request)
         settings = self.settings
         control = request.path.startswith(CONTROL_PREFIX)  # asks for the daemon's own secret
         headers = admit(
@@ -12895,9 +12933,6 @@ def serve_here(settings: Settings) -> int:
 
 
 # ---- 17. CLI: commands, the environment of CMD, the wrapper around it ----
-#
-# argparse and subprocess cost more than the rest of a `run` with a running daemon together, and argparse
-# cannot stop at the first word of CMD: both are done by hand here.
 
 EXIT_NONE = 1  # no daemon runs
 EXIT_USAGE = 2
@@ -12905,125 +12940,81 @@ EXIT_DAEMON = 3  # the daemon could not start, or be reached
 EXIT_REFUSED = 4  # runs are active
 LOCAL_NAMES = "127.0.0.1,localhost"
 UI_IMAGE = "docker run -p 3000:3000 -e METAFLOW_SERVICE=%s/api netflix/metaflow-ui:latest"
+UI_BUNDLE_INSIDE = "mflocal_ui.zip"  # where build.py puts a bundle: beside this module
+
+if TYPE_CHECKING:
+    _Words = argparse.Namespace
+    _Flag = Callable[[argparse.ArgumentParser], Any]
+    _Function = Callable[[_Words], int]
 
 
-class _Usage(Exception):
+class _UsageError(Exception):
     """Wrong words on the command line: one line, exit code 2."""
 
 
-class _Command(NamedTuple):
-    run: Callable[["_Args"], int]
-    flags: Tuple[str, ...]
-    help: str
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError("%s (see %s --help)" % (message, self.prog))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stdout).write(message)  # argparse would swallow that nobody can read it
 
 
-class _Args(NamedTuple):
-    """A parsed command line. values: option name without dashes -> text, True for switches, list of
-    texts for repeatable ones. rest: the words after the options (CMD of `run`)."""
-
-    values: Dict[str, Any]
-    rest: List[str]
-
-    def on(self, name: str) -> bool:
-        """Whether an option was given."""
-        return bool(self.values.get(name))
+_COMMANDS: Dict[str, Tuple[_Function, Tuple[_Flag, ...]]] = {}
 
 
-# name -> (placeholder or "" for switches, repeatable, help)
-_FLAGS: Dict[str, Tuple[str, bool, str]] = {
-    "root": (
-        "DIR",
-        False,
-        "the directory that contains .metaflow (default: as Metaflow's local mode finds it)",
-    ),
-    "port": ("PORT", False, "TCP port (default 0: the one this root had last, else any free one)"),
-    "host": ("HOST", False, "address to listen on (default 127.0.0.1; others need an auth key)"),
-    "idle-timeout": (
-        "SECONDS",
-        False,
-        "stop after so long without use, 0 = never (default 300; serve: 0)",
-    ),
-    "allow-host": ("NAME", True, "also answer requests for this Host name (repeatable)"),
-    "allow-origin": ("URL", True, "also answer pages from this origin (repeatable)"),
-    "heartbeats": (
-        "MODE",
-        False,
-        "auto, connection or sidecar: how tasks show that they live (default auto)",
-    ),
-    "bundle": ("DIR|ZIP", False, "static build of the Metaflow UI to serve"),
-    "no-open": ("", False, "do not open the browser"),
-    "json": ("", False, "print JSON"),
-    "follow": ("", False, "keep printing what is added (-f)"),
-    "force": ("", False, "also when runs are active, or when the daemon does not answer"),
-    "quiet": ("", False, "no line of our own on stderr (-q)"),
-}
-_SHORT = {
-    "-q": "--quiet",
-    "-f": "--follow",
-    "-h": "--help",
-    "--metaflow-root": "--root",
-    "-V": "--version",
-}
-_FIELDS = {  # option -> field of Settings
-    "root": "root",
-    "port": "port",
-    "host": "host",
-    "idle-timeout": "idle_timeout",
-    "allow-host": "allowed_hosts",
-    "allow-origin": "allowed_origins",
-    "heartbeats": "heartbeats",
-    "bundle": "ui_bundle",
-}
+def command(name: str, *flags: _Flag) -> Callable[[_Function], _Function]:
+    """Makes a function the command `name` with these flags; its docstring is the help."""
+
+    def register(function: _Function) -> _Function:
+        _COMMANDS[name] = (function, flags)
+        return function
+
+    return register
 
 
-def _parse(words: Sequence[str], flags: Sequence[str], with_command: bool) -> _Args:
-    """Options up to the first other word; after that, and after `--`, everything is CMD."""
-    values: Dict[str, Any] = {}
-    todo = list(words)
-    while todo and todo[0].startswith("-") and todo[0] != "-":
-        word = todo.pop(0)
-        if word == "--":
-            break
-        name, equals, text = word.partition("=")
-        name = _SHORT.get(name, name)
-        if name == "--help":
-            values["help"] = True
-            continue
-        if not name.startswith("--") or name[2:] not in flags:
-            raise _Usage("unknown option %s" % word)
-        kind, repeatable, _ = _FLAGS[name[2:]]
-        if not kind:
-            if equals:
-                raise _Usage("%s takes no value" % name)
-            values[name[2:]] = True
-            continue
-        if not equals:
-            if not todo:
-                raise _Usage("%s needs a value (%s)" % (name, kind))
-            text = todo.pop(0)
-        if repeatable:
-            values.setdefault(name[2:], []).append(text)
-        else:
-            values[name[2:]] = text
-    if todo and not with_command and not values.get("help"):
-        # Options may also stand between words of commands without CMD, but there are no such words.
-        raise _Usage("unexpected %r" % todo[0])
-    return _Args(values, todo)
+def _flag(*names: str, **how: Any) -> _Flag:
+    return lambda parser: parser.add_argument(*names, **how)
 
 
-def _settings(args: _Args, **more: str) -> Settings:
-    """Settings from the command line and the environment, with the UI bundle that would be served."""
-    flags = {field: args.values.get(option) for option, field in _FIELDS.items()}
-    for field, text in more.items():
-        if flags.get(field) is None and not os.environ.get(ENV_PREFIX + OPTIONS[field][1]):
-            flags[field] = text
-    settings = make_settings(flags, os.environ)
+def _setting(field: str) -> _Flag:
+    option = OPTIONS[field]
+    how = {"type": option.parse, "metavar": option.metavar, "help": option.help, "dest": field}
+    if field in ("allowed_hosts", "allowed_origins"):
+        how["action"] = "extend"
+    return _flag(option.flag, **how)
+
+
+_ROOT = _flag(
+    "--root", "--metaflow-root", metavar="DIR",
+    help="the directory that contains .metaflow (default: as Metaflow's local mode finds it)",
+)  # fmt: skip
+_SERVER = (_ROOT,) + tuple(
+    _setting(field)
+    for field in ("port", "host", "idle_timeout", "allowed_hosts", "allowed_origins", "ui_bundle")
+)
+_FORCE = _flag(
+    "--force",
+    action="store_true",
+    help="also when runs are active, or when the daemon does not answer",
+)
+
+
+def _settings(args: _Words, **defaults: Any) -> Settings:
+    """Settings from the command line and the environment."""
+    settings = make_settings(vars(args), os.environ, **defaults)
     if settings.ui_bundle:
         problem = bundle_problem(settings.ui_bundle)
         if problem:
-            name = "--bundle" if args.values.get("bundle") else ENV_PREFIX + "UI_BUNDLE"
+            name = "--bundle" if args.ui_bundle else ENV_PREFIX + "UI_BUNDLE"
             raise SettingsError("%s: %s" % (name, problem))
-    return settings._replace(asked=settings.asked - set(more)) if more else settings
+    return settings
+
+
+def _server_settings(args: _Words, **defaults: Any) -> Settings:
+    """The same, with the UI bundle that a daemon would serve."""
+    settings = _settings(args, **defaults)
+    return settings if settings.ui_bundle else settings._replace(ui_bundle=find_bundle())
 
 
 # -- the UI bundle --
@@ -13039,49 +13030,34 @@ def bundle_problem(path: str) -> str:
         return "there is no %s" % path
     try:
         with open(path, "rb") as file:
-            return "" if file.read(4) == b"PK\3\4" else "%s is neither a folder nor a zip" % path
+            if file.read(4) != b"PK\3\4":
+                return "%s is neither a folder nor a zip" % path
+            file.seek(max(0, os.path.getsize(path) - 65_557))
+            # The table comes last: a download that broke off has none.
+            return "" if b"PK\5\6" in file.read() else "%s is not a whole zip" % path
     except OSError as error:
         return "cannot read %s: %s" % (path, error.strerror)
 
 
-def _whole_zip(path: str) -> bool:
-    """Whether a zip has its table, which comes last: a download that broke off has none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - 65_557))
-            return b"PK\5\6" in file.read()
-    except OSError:
-        return False
-
-
 def find_bundle() -> Optional[str]:
     """A UI bundle that nobody named: metaflow-ui*.zip beside the .pyz or in ~/.cache/mflocal (the last by
-    name), or the one that build.py put into the .pyz (mflocal_ui.zip beside this module)."""
-    places = []
-    program = os.path.abspath(sys.argv[0]) if sys.argv and sys.argv[0] else ""
-    if program.endswith(".pyz"):
-        places.append(os.path.dirname(os.path.realpath(program)))
-    places.append(os.path.join(os.path.expanduser("~"), ".cache", "mflocal"))
+    name), or the one that build.py put into the .pyz. Only of owners whom we trust with code."""
+    places = [os.path.join(os.path.expanduser("~"), ".cache", "mflocal")]
+    trusted = {0, os.geteuid()}
+    program = os.path.realpath(sys.argv[0] or ".")
+    if program.endswith(".pyz") and os.path.isfile(program):
+        places.insert(0, os.path.dirname(program))
+        trusted.add(os.stat(program).st_uid)
     for place in places:
-        try:
-            names = sorted(os.listdir(place), reverse=True)
-        except OSError:
-            continue
-        for name in names:
-            path = os.path.join(place, name)
-            if (
-                name.startswith("metaflow-ui")
-                and name.endswith(".zip")
-                and not bundle_problem(path)
-            ):
-                if _whole_zip(path):
-                    return path
-    inside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mflocal_ui.zip")
+        for path in sorted(glob.glob(os.path.join(glob.escape(place), "metaflow-ui*.zip")))[::-1]:
+            try:
+                owners = {os.lstat(path).st_uid, os.stat(path).st_uid}
+            except OSError:
+                continue
+            if owners <= trusted and not bundle_problem(path):
+                return path
+    inside = os.path.join(os.path.dirname(os.path.abspath(__file__)), UI_BUNDLE_INSIDE)
     return inside if os.path.isfile(inside) else None
-
-
-def _with_bundle(settings: Settings) -> Settings:
-    return settings if settings.ui_bundle else settings._replace(ui_bundle=find_bundle())
 
 
 # -- the environment of clients --
@@ -13091,20 +13067,29 @@ def no_proxy(environ: Mapping[str, str], address: str = "") -> str:
     """Both spellings of NO_PROXY in one, and our own address: requests prefers the lower-case one."""
     if (environ.get("no_proxy") or environ.get("NO_PROXY", "")).strip() == "*":
         return "*"  # everything, but only where it stands alone
-    words: List[str] = []
-    for text in (environ.get("NO_PROXY", ""), environ.get("no_proxy", ""), LOCAL_NAMES, address):
-        words += [w.strip() for w in text.split(",") if w.strip() and w.strip() not in words]
-    return ",".join(words)
+    texts = (environ.get("NO_PROXY", ""), environ.get("no_proxy", ""), LOCAL_NAMES, address)
+    words = [word.strip() for text in texts for word in text.split(",")]
+    return ",".join(dict.fromkeys(filter(None, words)))
 
 
-def client_environment(settings: Settings, state: State, config: ClientConfig) -> Dict[str, str]:
-    """The variables that make Metaflow's client use this daemon (all but the sidecars' and the lease)."""
+def client_environment(
+    settings: Settings, state: State, config: ClientConfig, lease: str = ""
+) -> Dict[str, str]:
+    """The variables that make Metaflow's client use this daemon, on behalf of a wrapper's lease."""
     env = {"METAFLOW_SERVICE_URL": state.url, "METAFLOW_DEFAULT_METADATA": "service"}
+    if lease:
+        # Clients name the lease by their URL. What Metaflow writes into the templates of an orchestrator
+        # (argo-workflows create) are its headers and this other URL.
+        env["METAFLOW_SERVICE_URL"] += LEASE_PREFIX + lease
+        if not config.get("METAFLOW_SERVICE_INTERNAL_URL"):
+            env["METAFLOW_SERVICE_INTERNAL_URL"] = state.url
     key = state.record.get("auth_key")
     if key:
         env["METAFLOW_SERVICE_AUTH_KEY"] = str(key)
     if state.record.get("ui"):
         env["METAFLOW_UI_URL"] = state.url
+    elif config.get("METAFLOW_UI_URL"):
+        env["METAFLOW_UI_URL"] = ""  # it shows the runs of another service
     env["NO_PROXY"] = env["no_proxy"] = no_proxy(os.environ, state.address)
     user = login_name(os.environ)
     if user:
@@ -13137,13 +13122,15 @@ def cards_elsewhere(
     return None if place == os.path.join(settings.metaflow_dir, "mf.cards") else place
 
 
-def login_name(environ: Mapping[str, str]) -> Optional[str]:
-    """A user name for Metaflow where the environment has none that it takes (metaflow/util.py, get_username).
+def has_user_name(environ: Mapping[str, str]) -> bool:
+    """Whether Metaflow finds a user name that it takes (get_username in metaflow/util.py)."""
+    names = ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER")
+    return any(environ.get(name, "root") not in ("", "root") for name in names)
 
-    None when there is one, and for root, whom Metaflow refuses on purpose.
-    """
-    known = [environ.get(name) for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER")]
-    if any(name and name != "root" for name in known) or not os.geteuid():
+
+def login_name(environ: Mapping[str, str]) -> Optional[str]:
+    """A user name for Metaflow where the environment has none. None for root, whom Metaflow refuses on purpose."""
+    if has_user_name(environ) or not os.geteuid():
         return None
     import pwd
 
@@ -13153,314 +13140,21 @@ def login_name(environ: Mapping[str, str]) -> Optional[str]:
         return "uid%d" % os.geteuid()
 
 
-def lease_headers(config: ClientConfig, lease: str) -> str:
-    """METAFLOW_SERVICE_HEADERS: what the user has configured there, and our lease id."""
-    name = "METAFLOW_SERVICE_HEADERS"
-    value = config.get(name)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise SettingsError("%s is not JSON" % name) from None
-    if value is not None and not isinstance(value, dict):
-        raise SettingsError("%s must be a JSON object" % name)
-    return (
-        json.dumps({**value, "x-mflocal-lease": lease})
-        if value
-        else '{"x-mflocal-lease": "%s"}' % lease
-    )
-
-
-# -- does the Python that runs CMD have Metaflow extensions? --
-
-
-def sidecars_off(settings: Settings, config: ClientConfig, command: Sequence[str]) -> bool:
-    """True if CMD should run without heartbeat sidecars: the connections of its processes show its life.
-
-    Not if the user chose his sidecars, and in mode `auto` not if extension packages are installed that may
-    bring their own, or if it is unknown which Python runs CMD.
-    """
-    if settings.heartbeats == "sidecar" or config.get("METAFLOW_ENABLED_SIDECAR") is not None:
-        return False
-    return settings.heartbeats == "connection" or has_extensions(command) is False
-
-
-def has_extensions(command: Sequence[str]) -> Optional[bool]:
-    """Whether Metaflow would load extension plugins in the Python that runs `command`; None = unknown.
-
-    Looks where Metaflow finds extensions (the namespace package metaflow_extensions on sys.path, see
-    metaflow/extension_support) without importing anything; may look at more places than that.
-    """
-    places = _python_path(command)
-    if places is None:
-        return None
-    places += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    places.append(os.getcwd())  # python -m, python -c
-    places += [
-        os.path.dirname(os.path.abspath(word)) for word in command[1:] if word.endswith(".py")
-    ][:1]
-    seen = set()
-    while places:
-        place = places.pop()
-        if place in seen:
-            continue
-        seen.add(place)
-        if _plugins_in(os.path.join(place, "metaflow_extensions")):
-            return True
-        for path, text in _path_files(place):
-            if "metaflow_extensions" in text:
-                return True  # the finder module of an editable install
-            if path.endswith(".pth"):
-                lines = (line.strip() for line in text.splitlines())
-                more = [
-                    line
-                    for line in lines
-                    if line and not line.startswith(("#", "import ", "import\t"))
-                ]
-                places += [os.path.join(place, line) for line in more if len(seen) < 1000]
-    return False
-
-
-def _plugins_in(directory: str) -> bool:
-    try:
-        with os.scandir(directory) as names:
-            packages = [e.path for e in names if e.is_dir()]
-    except OSError:
-        return False
-    return any(
-        os.path.exists(os.path.join(p, n)) for p in packages for n in ("plugins", "plugins.py")
-    )
-
-
-def _path_files(place: str) -> List[Tuple[str, str]]:
-    """(path, text) of the files in a site directory that add to sys.path."""
-    try:
-        names = os.listdir(place)
-    except OSError:
-        return []
-    found = []
-    for name in names:
-        if name.endswith(".pth") or (name.startswith("__editable__") and name.endswith(".py")):
-            try:
-                with open(os.path.join(place, name), encoding="utf-8", errors="replace") as file:
-                    found.append((name, file.read(256 * KIB)))
-            except OSError:
-                pass
-    return found
-
-
-def _python_path(command: Sequence[str]) -> Optional[List[str]]:
-    """The site directories of the Python that runs `command`, as far as that can be known cheaply."""
-    program = find_program(command[0])
-    if program is None:
-        return None
-    if not _looks_like_python(command[0]):
-        program = _shebang(program)
-        if program is None:
-            return None
-    head = _read_head(program)
-    shim = head[:2] == b"#!"  # pyenv's or asdf's script of that name, no real program
-    real = _pyenv_python(os.path.basename(program), head) if shim else program
-    places = _site_dirs(real) if real else []
-    return places or _ask_python(program)
-
-
-def _looks_like_python(word: str) -> bool:
-    name = os.path.basename(word)
-    return name.startswith(("python", "pypy")) and all(c in "pyton0123456789.h" for c in name)
-
-
-def find_program(word: str) -> Optional[str]:
-    """The path of the program that the word starts, as execvp would find it."""
-    if "/" in word:
-        return word if os.access(word, os.X_OK) else None
-    for directory in os.environ.get("PATH", os.defpath).split(os.pathsep):
-        path = os.path.join(directory or ".", word)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
-
-
-def _read_head(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(1024)
-    except OSError:
-        return b""
-
-
-def _shebang(path: str) -> Optional[str]:
-    """The Python that a script names in its first line (or, as pip writes long ones, in its second)."""
-    lines = _read_head(path).split(b"\n")
-    if not lines[0].startswith(b"#!"):
-        return None
-    words = os.fsdecode(lines[0][2:]).split()
-    if words[:1] == ["/bin/sh"] and len(lines) > 1 and lines[1].startswith(b"'''exec' "):
-        line = os.fsdecode(lines[1])[len("'''exec' ") :]
-        words = line.split('"')[1:2] if line.startswith('"') else line.split()[:1]
-    if words and os.path.basename(words[0]) == "env":
-        names = [w for w in words[1:] if not w.startswith("-") and "=" not in w]
-        words = [find_program(names[0]) or ""] if names else []
-    return words[0] if words and _looks_like_python(words[0]) else None
-
-
-def _site_dirs(python: str) -> List[str]:
-    """The site-packages of an interpreter or virtual environment, by its layout on disk; [] if unknown."""
-    prefix = os.path.dirname(os.path.dirname(os.path.abspath(python)))
-    own: List[str] = []
-    try:
-        with open(os.path.join(prefix, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
-            lines = [line.partition("=") for line in file]
-    except OSError:
-        prefix = os.path.dirname(os.path.dirname(os.path.realpath(python)))
-        return _lib_dirs(prefix) and _lib_dirs(prefix) + _user_dirs()
-    own = _lib_dirs(prefix)
-    values = {key.strip().lower(): value.strip() for key, _, value in lines}
-    if own and values.get("include-system-site-packages", "").lower() == "true":
-        own += _lib_dirs(os.path.dirname(values.get("home", ""))) + _user_dirs()
-    return own
-
-
-def _lib_dirs(prefix: str) -> List[str]:
-    """Every site-packages and dist-packages under a prefix, of whatever Python version."""
-    found = []
-    roots = [prefix, "/usr/local"] if prefix == "/usr" else [prefix]
-    for lib in [os.path.join(root, name) for root in roots for name in ("lib", "lib64")]:
-        try:
-            names = os.listdir(lib)
-        except OSError:
-            continue
-        for name in names:
-            if name.startswith(("python", "pypy")):
-                places = [os.path.join(lib, name, d) for d in ("site-packages", "dist-packages")]
-                found += [place for place in places if os.path.isdir(place)]
-    return found
-
-
-def _user_dirs() -> List[str]:
-    base = os.environ.get("PYTHONUSERBASE") or os.path.expanduser("~/.local")
-    return _lib_dirs(base)
-
-
-def _pyenv_python(name: str, shim: bytes) -> Optional[str]:
-    """The Python that pyenv's shim would run, None where that is not plain: asking the shim takes 30 to 150 ms.
-
-    Source of the rules: pyenv-version-name, pyenv-version-file, pyenv-version-file-read and pyenv-which.
-    """
-    text = os.fsdecode(shim)
-    root = text.partition('export PYENV_ROOT="')[2].partition('"')[0]
-    if (
-        '/libexec/pyenv" exec ' not in text
-        or "PYENV_DIR=" in text
-        or os.environ.get("PYENV_DIR")
-        or not root
-    ):
-        return None
-    if any(
-        os.path.isdir(os.path.join(place, "pyenv.d", "version-name"))
-        for place in _pyenv_plugins(root)
-    ):
-        return None
-    chosen = os.environ.get("PYENV_VERSION", "").split(":")
-    if chosen == [""]:
-        places = [os.getcwd()]
-        while places[-1] != "/":
-            places.append(os.path.dirname(places[-1]))
-        files = [os.path.join(place, ".python-version") for place in places]
-        file = next(filter(os.path.isfile, files), os.path.join(root, "version"))
-        lines = [line.split() for line in os.fsdecode(_read_head(file)).splitlines()]
-        chosen = [words[0] for words in lines if words and not words[0].startswith("#")]
-    for version in chosen:
-        prefix = os.path.join(root, "versions", version)
-        if version in ("", "..") or "/" in version or not os.path.isdir(prefix):
-            return None  # the system's, an abbreviation, a mistake
-        if os.access(os.path.join(prefix, "bin", name), os.X_OK):
-            return os.path.join(prefix, "bin", name)
-    return None
-
-
-def _pyenv_plugins(root: str) -> List[str]:
-    """Where hooks of pyenv may lie below its root."""
-    try:
-        return [root] + [
-            os.path.join(root, "plugins", name, "etc")
-            for name in os.listdir(os.path.join(root, "plugins"))
-        ]
-    except OSError:
-        return [root]
-
-
-def _ask_python(python: str) -> Optional[List[str]]:
-    """sys.path of an interpreter whose layout we do not know (version managers' scripts): 30 to 100 ms."""
-    import subprocess
-
-    null = subprocess.DEVNULL
-    command = [python, "-c", "import sys; sys.stdout.write('\\0'.join(sys.path))"]
-    try:
-        done = subprocess.run(command, stdin=null, stdout=subprocess.PIPE, stderr=null, timeout=5)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    if done.returncode:
-        return None
-    return [path for path in os.fsdecode(done.stdout).split("\0") if path]
-
-
-# -- run --
-
-
-def _cmd_run(args: _Args) -> int:
-    if not args.rest:
-        raise _Usage("run needs a command, as in: mflocal run python flow.py run")
-    settings = _with_bundle(_settings(args))
-    config = ClientConfig(os.environ, os.getcwd())
-    lease = os.urandom(8).hex()
-    headers = lease_headers(config, lease)
-    running = ensure(settings)
-    env = client_environment(settings, running.state, config)
-    env["METAFLOW_SERVICE_HEADERS"] = headers
-    if sidecars_off(settings, config, args.rest):
-        env["METAFLOW_ENABLED_SIDECAR"] = ""
-    wrapper = _Wrapper(settings, running, lease, cards_elsewhere(settings, config, env))
-    try:
-        if not args.on("quiet"):
-            state = running.state
-            line = "%s, root %s, %s, pid %d" % (
-                state.url,
-                state.record["root"],
-                running.how,
-                state.pid,
-            )
-            complain(line + _overridden(config, state.url) + _parted(config, settings))
-            _compare(settings, running)
-        environ = {**os.environ, **env}
-        if settings.heartbeats == "sidecar" and environ.get("METAFLOW_ENABLED_SIDECAR") == "":
-            del environ["METAFLOW_ENABLED_SIDECAR"]  # from a `mflocal run` around this one
-        return wrapper.run(args.rest, environ)
-    finally:
-        wrapper.close()
-
-
-def _overridden(config: ClientConfig, url: str) -> str:
+def _remarks(config: ClientConfig, settings: Settings, url: str) -> str:
     """What of the user's configuration `run` sets aside, or cannot serve, for our line on stderr."""
     text = ""
-    other = config.get("METAFLOW_SERVICE_URL")
-    if other and str(other).rstrip("/") != url:
+    other = str(config.get("METAFLOW_SERVICE_URL") or url)
+    if other.rstrip("/") != url and not other.startswith(url + LEASE_PREFIX):
         text += ", overrides METAFLOW_SERVICE_URL=%s" % other
     datastore = config.get("METAFLOW_DEFAULT_DATASTORE")
     if datastore and datastore != "local":
         text += ", default datastore %s is not local" % datastore
-    return text
-
-
-def _parted(config: ClientConfig, settings: Settings) -> str:
-    """Where artifacts go if that is not the root: `eval "$(mflocal env)"` of another root may have said so."""
     sysroot = config.get("METAFLOW_DATASTORE_SYSROOT_LOCAL")
-    if (
-        not isinstance(sysroot, str)
-        or real_root(os.path.join(os.getcwd(), sysroot)) == settings.root
-    ):
-        return ""
-    return ", but METAFLOW_DATASTORE_SYSROOT_LOCAL keeps artifacts in %s" % sysroot
+    if isinstance(sysroot, str) and real_root(os.path.join(os.getcwd(), sysroot)) != settings.root:
+        text += ", but METAFLOW_DATASTORE_SYSROOT_LOCAL keeps artifacts in %s" % sysroot
+    if not has_user_name(os.environ) and not os.geteuid():
+        text += ", Metaflow runs no flow of root without a name: set METAFLOW_USER=NAME"
+    return text
 
 
 def _compare(settings: Settings, running: Running) -> None:
@@ -13472,15 +13166,11 @@ def _compare(settings: Settings, running: Running) -> None:
         wanted = getattr(settings, field)
         own = field in ("port", "auth_key", "host")
         has = state.record.get(field) if own else state.options.get(field, wanted)
-        if (list(wanted) if isinstance(wanted, tuple) else wanted) == has or (field, wanted) == (
-            "port",
-            0,
-        ):
+        if field == "port" and not wanted:
             continue
-        flag, env, _ = OPTIONS[field]
-        other.append(
-            (flag or ENV_PREFIX + env) + ("" if field == "auth_key" else " is %s" % (has,))
-        )
+        if (list(wanted) if isinstance(wanted, tuple) else wanted) != has:
+            name = OPTIONS[field].flag or ENV_PREFIX + OPTIONS[field].variable
+            other.append(name + ("" if field == "auth_key" else " is %s" % (has,)))
     if other:
         complain(
             "the running daemon keeps its options (%s); `mflocal restart` changes them"
@@ -13488,11 +13178,99 @@ def _compare(settings: Settings, running: Running) -> None:
         )
 
 
-def _json_text(text: str) -> str:
-    """json.dumps, without loading it for text of no surprises."""
-    if text.isascii() and text.isprintable() and not set(text) & {'"', "\\"}:
-        return '"%s"' % text
-    return json.dumps(text)
+# -- run --
+
+
+@command(
+    "run",
+    *_SERVER,
+    _setting("heartbeats"),
+    _flag("words", nargs=argparse.REMAINDER, metavar="CMD", help="the command and its arguments"),
+)
+def _run(args: _Words) -> int:
+    """run CMD with the service in its environment"""
+    words = args.words[1:] if args.words[:1] == ["--"] else args.words
+    if not words:
+        raise _UsageError("run needs a command, as in: mflocal run python flow.py run")
+    settings = _server_settings(args)
+    config = ClientConfig(os.environ, os.getcwd())
+    lease = os.urandom(8).hex()
+    running = ensure(settings)
+    env = client_environment(settings, running.state, config, lease)
+    environ = {name: value for name, value in {**os.environ, **env}.items() if name}
+    if settings.heartbeats == "sidecar":
+        if environ.get("METAFLOW_ENABLED_SIDECAR") == "":
+            del environ["METAFLOW_ENABLED_SIDECAR"]  # from a `mflocal run` around this one
+    elif config.get("METAFLOW_ENABLED_SIDECAR") is None:
+        environ["METAFLOW_ENABLED_SIDECAR"] = ""
+    wrapper = _Wrapper(settings, running, lease, cards_elsewhere(settings, config, env))
+    try:
+        if not args.quiet:
+            state = running.state
+            place = (state.url, state.record["root"], running.how, state.pid)
+            complain("%s, root %s, %s, pid %d" % place + _remarks(config, settings, state.url))
+            _compare(settings, running)
+        return wrapper.run(words, environ, args.closed)
+    finally:
+        wrapper.close()
+
+
+# Signals that are not for us to hand on: ours alone, from our own faults, or (SIGTTIN, SIGTTOU) sent by the
+# kernel to the whole group.
+_NOT_FORWARDED = {
+    signal.SIGCHLD, signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN,
+    signal.SIGTTOU, signal.SIGILL, signal.SIGTRAP, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV,
+    signal.SIGSYS,
+}  # fmt: skip
+SIGNAL_SPREAD = 0.01  # s that a sender who signals one process after the other gets to reach all
+SIGNAL_MEMORY = 0.1  # s for which a signal of the group explains one of the same number that we got
+
+
+class _Witness:
+    """A process of our group that only notices which signals the whole group gets.
+
+    Ctrl-C, `kill -- -PGID` and systemd send a signal to CMD as well as to us; `kill PID` means CMD but
+    reaches us alone. Nothing that comes with a signal tells which it was, on any system.
+    """
+
+    def __init__(self, numbers: Collection[int]) -> None:
+        self._seen: Dict[int, float] = {}  # signal number -> monotonic time
+        ask_r, self._ask = os.pipe()
+        self._told, told_w = os.pipe()
+        if os.fork():
+            os.close(ask_r)
+            os.close(told_w)
+            return
+        try:
+            os.closerange(0, 3)
+            os.close(self._ask)
+            os.set_blocking(told_w, False)
+            signal.set_wakeup_fd(told_w, warn_on_full_buffer=False)
+            for number in numbers:
+                signal.signal(number, _no_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+            while os.read(ask_r, 1):  # ends with the wrapper
+                os.write(told_w, b"\0")
+        finally:
+            os._exit(0)
+
+    def saw(self, number: int) -> bool:
+        """Whether the signal that we have just got went to the whole group."""
+        time.sleep(SIGNAL_SPREAD)
+        told = b""
+        try:
+            os.write(self._ask, b"?")
+            while not told.endswith(b"\0"):
+                told += os.read(self._told, 256) or b"\0"
+        except OSError:
+            pass  # somebody has ended it: all signals count as ours alone
+        now = time.monotonic()
+        self._seen.update(dict.fromkeys(told, now))
+        return now - self._seen.get(number, -SIGNAL_MEMORY) < SIGNAL_MEMORY
+
+
+def _no_handler(_number: int, _frame: Any) -> None:
+    """The number has gone into the wake-up pipe. (A handler, not SIG_IGN, which CMD would inherit.)"""
 
 
 class _Ended(Exception):
@@ -13515,9 +13293,7 @@ class _Wrapper:
         self._lost_at = 0.0  # monotonic
         self._restarts: List[float] = []
         self._pid = 0
-        self._early = 0  # a signal that came before CMD was there
         self._status: Optional[int] = None
-        self._daemons = [running.state.pid] if running.how == "started" else []
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
@@ -13531,69 +13307,95 @@ class _Wrapper:
             return
         try:
             # A shell reports the signal that ended its flow as 128 + N.
-            if self._ready_fd < 0 and self._status is not None and _exit_code(self._status) < 128:
+            if self._ready_fd < 0 and self._status is not None and 0 <= self._code() < 128:
                 self._link.sock.settimeout(1.0)
-                self._link.send(
-                    "POST",
-                    "/_mflocal/lease",
-                    b'{"lease": "%b", "ended": true}' % self._lease.encode(),
-                )
+                self._say({"lease": self._lease, "ended": True})
                 while self._link.due:
                     self._link.receive()
         except (OSError, ValueError, IndexError):
             pass
         self._link.close()
 
-    def run(self, command: Sequence[str], env: Mapping[str, str]) -> int:
-        """Run CMD to its end. Returns the exit code for it."""
+    def _say(self, body: Mapping[str, Any]) -> None:
+        assert self._link is not None
+        self._link.send("POST", "/_mflocal/lease", json.dumps(body).encode())
+
+    def run(self, words: Sequence[str], env: Mapping[str, str], closed: Sequence[int]) -> int:
+        """Run CMD to its end, with the descriptors `closed` closed. Returns the exit code, or -N for signal N."""
         self._take_lease()
-        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD):
-            # A handler and not SIG_IGN, which CMD would inherit. The terminal sends these to CMD as well.
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGCHLD:
-                signal.signal(number, lambda *_: None)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
-                signal.signal(number, self._forward)
+        mask = self._catch_signals()
         try:
-            # Python ignores these two; CMD must not inherit that.
-            self._pid = os.posix_spawnp(
-                command[0], list(command), dict(env), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ)
-            )
-        except OSError as error:
-            complain("cannot run %s: %s" % (command[0], error.strerror))
-            return 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
-        if self._early:
-            self._forward(self._early, None)
+            self._pid = _spawn_command(words, env, closed, mask)
+        except (OSError, ValueError) as error:
+            code = getattr(error, "errno", errno.ENOENT)  # ValueError: no name, or a NUL in it
+            complain("cannot run %s: %s" % (words[0] or "''", os.strerror(code)))
+            return 127 if code in (errno.ENOENT, errno.ENOTDIR) else 126
+        for number in self._woken():
+            self._forward(number, False)  # CMD was not there yet when it came
         try:
-            while not self._ended():
+            while not self._reap():
                 self._wait()
         except (_Ended, DaemonError) as error:
             complain("%s; ending the command" % error)
             return self._end_command()
-        return _exit_code(self._status or 0)
+        return self._code()
 
-    def _forward(self, number: int, _frame: Any) -> None:
-        if not self._pid:
-            self._early = number  # CMD is about to begin: see run()
-        elif self._status is None:
-            try:
+    def _code(self) -> int:
+        status = self._status or 0
+        return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+    # -- signals --
+
+    def _catch_signals(self) -> Collection[int]:
+        """Let every signal wake _wait(), blocked ones too. Returns the mask that CMD is to inherit."""
+        numbers = {
+            number
+            for number in signal.valid_signals() - _NOT_FORWARDED
+            if signal.getsignal(number) != signal.SIG_IGN  # nohup stays nohup
+        }
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        self._witness = _Witness(numbers)
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        for number in {*numbers, signal.SIGCHLD}:
+            signal.signal(number, _no_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*numbers, signal.SIGCHLD})
+        return mask
+
+    def _woken(self) -> List[int]:
+        """The signals that came since the last call."""
+        try:
+            return [number for number in os.read(self._wake_r, 4096) if number != signal.SIGCHLD]
+        except BlockingIOError:
+            return []
+
+    def _forward(self, number: int, by_group: bool) -> None:
+        """Hand a signal to CMD, which has got it already if it went to the process group that we share."""
+        try:
+            group = os.getpgid(self._pid)
+            if by_group and group == self._pid:
+                os.killpg(group, number)  # Ctrl-C for a command that leads a group of its own
+            elif not by_group or group != os.getpgrp():
                 os.kill(self._pid, number)
-            except OSError:
-                pass
+        except OSError:
+            pass
+        if number == signal.SIGTSTP:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(
+                os.getpid(), signal.SIGTSTP
+            )  # the shell waits for us to stop; SIGCONT goes on here
+            signal.signal(signal.SIGTSTP, _no_handler)
 
-    def _ended(self) -> bool:
-        """Reap; True once CMD has ended."""
-        for daemon in list(self._daemons):  # children of ours when we started them: no zombies
-            try:
-                if os.waitpid(daemon, os.WNOHANG)[0]:
-                    self._daemons.remove(daemon)
-            except OSError:
-                self._daemons.remove(daemon)
-        if self._status is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-            if pid:
-                self._status = status
+    def _reap(self) -> bool:
+        """Reap what has ended: CMD, daemons that we started, as PID 1 every orphan. True once CMD has ended."""
+        try:
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                if pid == self._pid:
+                    self._status = status
+        except ChildProcessError:
+            pass
         return self._status is not None
 
     def _wait(self) -> None:
@@ -13608,10 +13410,11 @@ class _Wrapper:
         if self._retry_at is not None:
             pause = max(0.0, self._retry_at - time.monotonic()) * 1000
         events = [fd for fd, _ in poll.poll(pause)]
-        if self._wake_r in events:
-            os.read(self._wake_r, 4096)
-            if self._ended():
-                return
+        for number in self._woken():
+            if not self._reap():
+                self._forward(number, self._witness.saw(number))
+        if self._reap():
+            return
         if self._ready_fd in events:
             fd, self._ready_fd = self._ready_fd, -1
             problem = read_ready(fd)
@@ -13624,17 +13427,14 @@ class _Wrapper:
         if self._retry_at is not None and time.monotonic() >= self._retry_at:
             self._find_again()
 
+    # -- the daemon --
+
     def _take_lease(self) -> None:
         """Ask for the lease on a connection that stays open; the answer may come when it comes."""
         try:
             if not self._link:
                 self._link = Link(self._running.state)
-            cards = _json_text(self._cards) if self._cards else "null"
-            self._link.send(
-                "POST",
-                "/_mflocal/lease",
-                ('{"lease": "%s", "cards": %s}' % (self._lease, cards)).encode(),
-            )
+            self._say({"lease": self._lease, "cards": self._cards})
         except OSError:
             if self._ready_fd < 0:
                 self._lost()
@@ -13690,7 +13490,6 @@ class _Wrapper:
         self._link = self._running.link
         self._ready_fd = self._running.ready_fd
         if self._running.how == "started":
-            self._daemons.append(self._running.state.pid)
             new = self._running.state.pid
             complain("the daemon (pid %d) died; started it again, pid %d" % (state.pid, new))
         self._take_lease()
@@ -13711,19 +13510,40 @@ class _Wrapper:
 
     def _end_command(self) -> int:
         """SIGTERM, and SIGKILL when that does not help."""
-        self._forward(signal.SIGTERM, None)
+        self._forward(signal.SIGTERM, False)
         deadline = time.monotonic() + KILL_AFTER
         poll = select.poll()
         poll.register(self._wake_r, select.POLLIN)
-        while not self._ended():
+        while not self._reap():
             left = deadline - time.monotonic()
             if left <= 0:
-                self._forward(signal.SIGKILL, None)
-                self._status = os.waitpid(self._pid, 0)[1]
+                self._forward(signal.SIGKILL, False)
+                os.waitpid(self._pid, 0)
                 break
             if poll.poll(left * 1000):
-                os.read(self._wake_r, 4096)
+                self._woken()
         return EXIT_DAEMON
+
+
+def _spawn_command(
+    words: Sequence[str], env: Mapping[str, str], closed: Sequence[int], mask: Collection[int]
+) -> int:
+    """Start CMD as execvp would; its pid. Raises OSError, and ValueError for words that name no program."""
+    how: Any = {
+        "file_actions": [(os.POSIX_SPAWN_CLOSE, fd) for fd in closed],
+        "setsigmask": mask,
+        "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ),  # which Python ignores
+    }
+    try:
+        return os.posix_spawnp(words[0], list(words), env, **how)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+    import shutil
+
+    # A script without #! is the shell's.
+    script = shutil.which(words[0]) or words[0]
+    return os.posix_spawn("/bin/sh", ["sh", script, *words[1:]], env, **how)
 
 
 def _as_started(settings: Settings, state: State) -> Settings:
@@ -13739,98 +13559,107 @@ def _as_started(settings: Settings, state: State) -> Settings:
     return settings._replace(asked=settings.asked - {"ui_bundle"}, **values)
 
 
-def _exit_code(status: int) -> int:
-    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
 # -- start, env, ui --
 
 
-def _quote(text: str) -> str:
-    safe = text and all(c.isalnum() and c.isascii() or c in "@%+=:,./-_" for c in text)
-    return text if safe else "'" + text.replace("'", "'\"'\"'") + "'"
-
-
-def _exports(settings: Settings, state: State) -> str:
-    env = client_environment(settings, state, ClientConfig(os.environ, os.getcwd()))
-    return "".join("export %s=%s\n" % (name, _quote(value)) for name, value in env.items())
-
-
-def _leaves(state: State) -> str:
-    seconds = state.options.get("idle_timeout", IDLE_TIMEOUT)
-    return "stops after %g s without use" % seconds if seconds else "never stops by itself"
-
-
-def _ensure_ready(args: _Args, settings: Settings) -> Running:
+def _ensure_ready(args: _Words, settings: Settings) -> Running:
     running = wait_ready(ensure(settings))
-    if not args.on("quiet"):
+    if not args.quiet:
         _compare(settings, running)
     return running
 
 
-def _cmd_start(args: _Args) -> int:
-    settings = _with_bundle(_settings(args))
-    _print_started(settings, _ensure_ready(args, settings))
-    return 0
+def _exports(settings: Settings, state: State) -> str:
+    env = client_environment(settings, state, ClientConfig(os.environ, os.getcwd()))
+    return "".join("export %s=%s\n" % (name, shlex.quote(value)) for name, value in env.items())
+
+
+def _where(state: State) -> str:
+    seconds = state.options.get("idle_timeout", IDLE_TIMEOUT)
+    idle = "stops after %g s without use" % seconds if seconds else "never stops by itself"
+    return "%s, root %s, %s" % (state.url, state.record["root"], idle)
 
 
 def _print_started(settings: Settings, running: Running) -> None:
     state = running.state
-    sys.stdout.write(
-        "mflocal %s: pid %d, %s, root %s, %s\n%s%s\n"
-        % (
-            running.how if running.how == "started" else "runs already",
-            state.pid,
-            state.url,
-            state.record["root"],
-            _leaves(state),
-            _exports(settings, state),
-            _ui_line(state),
-        )
-    )
-
-
-def _ui_line(state: State) -> str:
+    how = running.how if running.how == "started" else "runs already"
+    ui = UI_IMAGE % state.url
     if state.record.get("ui"):
-        return "UI: %s" % (state.url if not state.record.get("auth_key") else "mflocal ui")
-    return "UI: " + UI_IMAGE % state.url
+        ui = "mflocal ui" if state.record.get("auth_key") else state.url
+    print("mflocal %s: pid %d, %s" % (how, state.pid, _where(state)))
+    print("%sUI: %s" % (_exports(settings, state), ui))
 
 
-def _cmd_env(args: _Args) -> int:
-    settings = _with_bundle(_settings(args))
-    running = _ensure_ready(args, settings)
-    sys.stdout.write(_exports(settings, running.state))
-    if not args.on("quiet"):
-        state = running.state
-        complain("%s, root %s, %s" % (state.url, state.record["root"], _leaves(state)))
+@command("start", *_SERVER)
+def _start(args: _Words) -> int:
+    """start the daemon in the background"""
+    settings = _server_settings(args)
+    _print_started(settings, _ensure_ready(args, settings))
     return 0
 
 
-def _cmd_ui(args: _Args) -> int:
-    settings = _settings(args)
-    asked = settings.ui_bundle
-    settings = _with_bundle(settings)
+@command("env", *_SERVER)
+def _env(args: _Words) -> int:
+    """print export lines for eval "$(mflocal env)"; starts the daemon"""
+    settings = _server_settings(args)
+    state = _ensure_ready(args, settings).state
+    print(_exports(settings, state), end="")
+    if not args.quiet:
+        complain(_where(state))
+    return 0
+
+
+@command("ui", *_SERVER, _flag("--no-open", action="store_true", help="do not open the browser"))
+def _ui(args: _Words) -> int:
+    """serve the Metaflow UI and open it in the browser"""
+    asked = _settings(args)
+    if not os.path.isdir(asked.metaflow_dir) and "root" not in asked.asked:
+        raise SettingsError(
+            "there is no .metaflow in %s or above it: go to your project, or name it with --root"
+            % asked.root
+        )
+    settings = _server_settings(args)
     running = _ensure_ready(args, settings)
     link, state = running.link, running.state
     assert link is not None  # wait_ready returned
-    bundle = asked or (None if state.record.get("ui") else settings.ui_bundle)
+    bundle = asked.ui_bundle or (None if state.record.get("ui") else settings.ui_bundle)
     status, body = link.ask("POST", "/_mflocal/ui", {"bundle": bundle})
+    if not args.quiet:
+        complain(_where(state))
     if status == 404:
-        sys.stdout.write(
+        print(
             "No UI bundle found (--bundle DIR|ZIP, %sUI_BUNDLE, metaflow-ui*.zip beside the .pyz or in\n"
-            "~/.cache/mflocal). With Docker:\n%s\n" % (ENV_PREFIX, UI_IMAGE % state.url)
+            "~/.cache/mflocal). With Docker:\n%s" % (ENV_PREFIX, UI_IMAGE % state.url)
         )
         return 0
     if status != 200:
         raise DaemonError("the daemon refused the bundle: %s" % (_detail(body) or status))
-    url = str(body["url"])
-    sys.stdout.write(url + "\n")
-    sys.stdout.flush()
-    if not args.on("no-open"):
+    print(body["url"], flush=True)
+    if not args.no_open:
         import webbrowser
 
-        webbrowser.open(url)
+        webbrowser.open(_redirect(body["url"]) if "?" in body["url"] else body["url"])
     return 0
+
+
+def _redirect(url: str) -> str:
+    """A private page that leads to `url`, for a minute: `ps` shows everybody what a browser is told to open."""
+    import tempfile
+
+    page = '<meta charset="utf-8"><meta http-equiv="refresh" content="0;url=%s">\n' % url
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="mflocal-ui-", suffix=".html", delete=False
+    ) as file:
+        file.write(page)
+    if os.fork() == 0:
+        try:
+            os.setsid()
+            os.closerange(0, 3)  # nobody waits for our end on a pipe
+            time.sleep(REDIRECT_SECONDS)
+        finally:
+            os.unlink(file.name)
+            os._exit(0)
+    return "file://" + file.name
 
 
 def _detail(body: Any) -> str:
@@ -13852,27 +13681,40 @@ def _none_runs(settings: Settings) -> int:
     return EXIT_NONE
 
 
+def _ask(state: State, link: Link, method: str, path: str, body: Any = None) -> Tuple[int, Any]:
+    """(status, JSON) of a control route. Raises DaemonError where it does not answer, or with an error."""
+    try:
+        status, answer = link.ask(method, path, body)
+    except (OSError, ValueError) as error:
+        raise DaemonError("the daemon (pid %d) does not answer: %s" % (state.pid, error)) from None
+    finally:
+        link.close()
+    if status not in (200, 409):
+        raise DaemonError(
+            "the daemon (pid %d) answered %s %s" % (state.pid, status, _detail(answer))
+        )
+    return status, answer
+
+
+def _run_lines(body: Mapping[str, Any]) -> List[str]:
+    return [
+        "%s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how"))
+        for run in body.get("active_runs", [])
+    ]
+
+
 def _stop_daemon(settings: Settings, force: bool) -> Tuple[int, Optional[State]]:
     """(exit code, the daemon that was stopped or refused to)."""
     found = find_daemon(settings)
     if not found:
         return _stop_silent(settings, force)
     state, link = found
-    try:
-        status, body = link.ask("POST", "/_mflocal/stop", {"force": force})
-    except (OSError, ValueError) as error:
-        raise DaemonError("the daemon (pid %d) does not answer: %s" % (state.pid, error)) from None
-    finally:
-        link.close()
+    status, body = _ask(state, link, "POST", "/_mflocal/stop", {"force": force})
     if status == 409:
-        for run in body.get("active_runs", []):
-            complain(
-                "active: %s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how"))
-            )
+        for line in _run_lines(body):
+            complain("active: " + line)
         complain("not stopped, because runs are active; --force stops anyway")
         return EXIT_REFUSED, state
-    if status != 200:
-        raise DaemonError("the daemon (pid %d) answered %s %s" % (state.pid, status, _detail(body)))
     if not wait_gone(state, DRAIN_TIMEOUT + CONTROL_TIMEOUT):
         raise DaemonError("the daemon (pid %d) is still draining" % state.pid)
     return 0, state
@@ -13901,87 +13743,83 @@ def _stop_silent(settings: Settings, force: bool) -> Tuple[int, Optional[State]]
     return EXIT_NONE, None
 
 
-def _cmd_stop(args: _Args) -> int:
+@command("stop", _ROOT, _FORCE)
+def _stop(args: _Words) -> int:
+    """stop it; refused while runs are active"""
     settings = _settings(args)
-    code, state = _stop_daemon(settings, args.on("force"))
+    code, state = _stop_daemon(settings, args.force)
     if code == EXIT_NONE:
         return _none_runs(settings)
-    if code == 0 and not args.on("quiet"):
-        sys.stdout.write(
-            "mflocal stopped%s\n" % (": pid %d, %s" % (state.pid, state.url) if state else "")
-        )
+    if code == 0 and not args.quiet:
+        print("mflocal stopped" + (": pid %d, %s" % (state.pid, state.url) if state else ""))
     return code
 
 
-def _cmd_restart(args: _Args) -> int:
-    settings = _with_bundle(_settings(args))
-    code, state = _stop_daemon(settings, args.on("force"))
+@command("restart", *_SERVER, _FORCE)
+def _restart(args: _Words) -> int:
+    """stop, then start on the same port"""
+    settings = _server_settings(args)
+    code, state = _stop_daemon(settings, args.force)
     if code == EXIT_REFUSED:
         return code
     if state:  # what nobody asks for anew stays as it was
-        old = _as_started(settings, state)
         same: Dict[str, Any] = {
             name: getattr(settings, name) for name in settings.asked if name != "port"
         }
         if settings.port:
             same["port"] = settings.port
-        settings = old._replace(**same, asked=settings.asked)
+        settings = _as_started(settings, state)._replace(**same, asked=settings.asked)
     _print_started(settings, wait_ready(ensure(settings)))
     return 0
 
 
-def _cmd_status(args: _Args) -> int:
+@command("status", _ROOT, _flag("--json", action="store_true", help="print JSON"))
+def _status(args: _Words) -> int:
+    """what runs, on which port, which runs are active"""
     settings = _settings(args)
     found = find_daemon(settings)
     if not found:
-        if args.on("json"):
-            _refuse_silent(settings)
-            sys.stdout.write(json.dumps({"running": False, "root": settings.root}) + "\n")
-            return EXIT_NONE
-        return _none_runs(settings)
-    try:
-        status, body = found[1].ask("GET", "/_mflocal/status")
-    except (OSError, ValueError) as error:
-        raise DaemonError(
-            "the daemon (pid %d) does not answer: %s" % (found[0].pid, error)
-        ) from None
-    if status != 200:
-        raise DaemonError(
-            "the daemon (pid %d) answered %s %s" % (found[0].pid, status, _detail(body))
-        )
-    if args.on("json"):
-        sys.stdout.write(json.dumps({"running": True, **body}, indent=2) + "\n")
+        if not args.json:
+            return _none_runs(settings)
+        _refuse_silent(settings)
+        print(json.dumps({"running": False, "root": settings.root}))
+        return EXIT_NONE
+    body = _ask(*found, "GET", "/_mflocal/status")[1]
+    if args.json:
+        print(json.dumps({"running": True, **body}, indent=2))
         return 0
     left = body["idle_left"]
+    never = "not while in use" if body.get("idle_timeout") else "never"
+    runs = _run_lines(body)
     rows = [(name, body[name]) for name in ("pid", "url", "port", "root", "version")]
     rows.append(("uptime", "%d s" % body["uptime"]))
-    rows.append(("idle stop", "in %.0f s" % left if left is not None else _never(body)))
+    rows.append(("idle stop", never if left is None else "in %.0f s" % left))
     rows.append(("log", body["log"]))
-    rows.append(("active runs", len(body["active_runs"]) or "none"))
-    for run in body["active_runs"]:
-        rows.append(
-            ("", "%s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how")))
-        )
-    sys.stdout.write("".join("%-12s %s\n" % row for row in rows))
+    rows.append(("active runs", len(runs) or "none"))
+    rows += [("", line) for line in runs]
+    print("\n".join("%-12s %s" % row for row in rows))
     return 0
 
 
-def _never(body: Mapping[str, Any]) -> str:
-    return "not while in use" if body.get("idle_timeout") else "never"
-
-
-def _cmd_url(args: _Args) -> int:
+@command("url", _ROOT)
+def _url(args: _Words) -> int:
+    """print the URL"""
     settings = _settings(args)
     found = find_daemon(settings)
     if not found:
         return _none_runs(settings)
-    sys.stdout.write(found[0].url + "\n")
+    print(found[0].url)
     return 0
 
 
-def _cmd_logs(args: _Args) -> int:
-    settings = _settings(args)
-    paths = [os.path.join(d, LOG_FILE) for d in state_dirs(settings)]
+@command(
+    "logs",
+    _ROOT,
+    _flag("-f", "--follow", action="store_true", help="keep printing what is added"),
+)
+def _print_logs(args: _Words) -> int:
+    """print the daemon's log"""
+    paths = [os.path.join(d, LOG_FILE) for d in state_dirs(_settings(args))]
     path = next((p for p in paths if os.path.exists(p)), paths[0])
     out = sys.stdout.buffer
     old = _read_log(path + ".1", 0)[0]
@@ -13990,7 +13828,7 @@ def _cmd_logs(args: _Args) -> int:
         complain("there is no log in %s" % os.path.dirname(path))
     out.write(old + text)
     out.flush()
-    while args.on("follow"):
+    while args.follow:
         time.sleep(0.2)
         inode = where[0]
         text, where = _read_log(path, where[1], inode)
@@ -14016,104 +13854,113 @@ def _read_log(path: str, offset: int, inode: int = 0) -> Tuple[bytes, Tuple[int,
         return text, (info.st_ino, file.tell(), offset)
 
 
-def _cmd_serve(args: _Args) -> int:
-    return serve_here(_with_bundle(_settings(args, idle_timeout="0")))
+@command("serve", *_SERVER)
+def _serve(args: _Words) -> int:
+    """be the daemon, in the foreground"""
+    return serve_here(_server_settings(args, idle_timeout=0.0))
+
+
+@command("help", _flag("name", nargs="?", metavar="COMMAND", choices=list(_COMMANDS)))
+def _help(args: _Words) -> int:
+    """print the options of a command"""
+    return main([args.name, "--help"] if args.name else ["--help"])
 
 
 # -- main --
 
-_SERVER = ("root", "port", "host", "idle-timeout", "allow-host", "allow-origin", "bundle", "quiet")
-_COMMANDS: Dict[str, _Command] = {
-    "run": _Command(
-        _cmd_run, (*_SERVER, "heartbeats"), "run CMD with the service in its environment"
-    ),
-    "start": _Command(_cmd_start, _SERVER, "start the daemon in the background"),
-    "stop": _Command(
-        _cmd_stop, ("root", "force", "quiet"), "stop it; refused while runs are active"
-    ),
-    "restart": _Command(_cmd_restart, (*_SERVER, "force"), "stop, then start on the same port"),
-    "status": _Command(
-        _cmd_status, ("root", "json", "quiet"), "what runs, on which port, which runs are active"
-    ),
-    "url": _Command(_cmd_url, ("root", "quiet"), "print the URL"),
-    "env": _Command(
-        _cmd_env, _SERVER, 'print export lines for eval "$(mflocal env)"; starts the daemon'
-    ),
-    "logs": _Command(_cmd_logs, ("root", "follow", "quiet"), "print the daemon's log"),
-    "serve": _Command(_cmd_serve, _SERVER, "be the daemon, in the foreground"),
-    "ui": _Command(
-        _cmd_ui, (*_SERVER, "no-open"), "serve the Metaflow UI and open it in the browser"
-    ),
-}
 
-
-def _help(name: str = "") -> str:
-    if not name:
-        rows = ["  %-8s %s" % (key, command.help) for key, command in _COMMANDS.items()]
-        text = (
-            "usage: mflocal COMMAND [options]\n\n%s\n\nmflocal COMMAND --help tells its options.\n"
+def _parser() -> _Parser:
+    parser = _Parser("mflocal", usage="mflocal [-q] COMMAND [options]", allow_abbrev=False)
+    parser.add_argument("-V", "--version", action="version", version="mflocal " + VERSION)
+    quiet: Any = {"action": "store_true", "help": "no line of our own on stderr"}
+    parser.add_argument("-q", "--quiet", **quiet)
+    commands = parser.add_subparsers(prog="mflocal", dest="command", metavar="COMMAND")
+    for name, (function, flags) in _COMMANDS.items():
+        usage = "mflocal %s [options]%s" % (name, " CMD ..." if name == "run" else "")
+        one = commands.add_parser(
+            name,
+            usage=usage,
+            help=function.__doc__,
+            description=function.__doc__,
+            allow_abbrev=False,
         )
-        text += "mflocal -V, --version tells which one this is.\n"
-        return text % "\n".join(rows)
-    command = _COMMANDS[name]
-    rows = []
-    for flag in command.flags:
-        kind, _, text = _FLAGS[flag]
-        rows.append("  --%-22s %s" % (("%s %s" % (flag, kind)).strip(), text))
-    usage = "usage: mflocal %s [options]%s" % (name, " CMD..." if name == "run" else "")
-    return "%s\n\n%s\n\n%s\n" % (usage, command.help, "\n".join(rows))
+        one.set_defaults(function=function)
+        one.add_argument("-q", "--quiet", **quiet, default=argparse.SUPPRESS)
+        for add in flags:
+            add(one)
+    return parser
 
 
-def _fill_std() -> None:
-    """Open what a caller has closed of descriptors 0 to 2: pipes and sockets of ours must not land there."""
+def _encode_anyway(error: UnicodeError) -> Tuple[Union[str, bytes], int]:
+    """An error handler of codecs for output: names that are no text pass as the bytes that they are, and
+    characters that the terminal does not have as escapes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+def _open_streams() -> List[int]:
+    """Makes descriptors 0 to 2 and sys.stdout usable. Returns the descriptors that our caller had closed:
+    pipes and sockets of ours must not land there."""
+    closed = []
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            closed.append(os.open(os.devnull, os.O_RDWR))
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    codecs.register_error("mflocal", _encode_anyway)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="mflocal")
+    return closed
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The program: `mflocal COMMAND ...`. Returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    name = words[0] if words else ""
-    name = _SHORT.get(name, name)
-    command = _COMMANDS.get(name)
-    _fill_std()
-    if isinstance(getattr(sys.stdout, "errors", None), str) and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # paths need not be UTF-8
+    """The program: `mflocal COMMAND ...`. Returns the exit code, or -N for an end by signal N."""
+    name = "mflocal"
+    args = argparse.Namespace(closed=_open_streams())
     try:
-        if name in ("", "--help", "help", "--version"):
-            sys.stdout.write("mflocal %s\n" % VERSION if name == "--version" else _help())
-            sys.stdout.flush()
-            return 0 if name else EXIT_USAGE
-        if command is None:
-            raise _Usage("unknown command %r; mflocal --help lists them" % name)
-        args = _parse(words[1:], command.flags, name == "run")
-        if args.on("help"):
-            sys.stdout.write(_help(name))
-            return 0
-        code = command.run(args)
+        try:
+            parser = _parser()
+            parser.parse_args(argv, args)
+            name = args.command
+            if not name:
+                parser.print_help()
+            code = args.function(args) if name else EXIT_USAGE
+        except SystemExit as done:  # --help and --version
+            code = int(done.code or 0)
         sys.stdout.flush()
         return code
-    except (_Usage, SettingsError) as error:
+    except (_UsageError, SettingsError) as error:
         complain(str(error))
         return EXIT_USAGE
     except DaemonError as error:
         complain(str(error))
         return EXIT_DAEMON
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # The reader of our output left (`mflocal logs | head`). Nothing may be flushed to it at exit.
+        return -signal.SIGINT
+    except OSError as error:
+        # The disk under our output is full, its reader left (`mflocal logs | head`), the daemon went while it
+        # was asked. Nothing may be flushed to stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
-    except (
-        OSError
-    ) as error:  # the disk under our output is full, the daemon went while it was asked
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            return -signal.SIGPIPE
         complain("%s: %s" % (name, error))
         return EXIT_DAEMON
+
+
+def _die(number: int) -> NoReturn:
+    """End by a signal: a shell's loop goes on after Ctrl-C unless it sees that the signal has ended us."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has left its own core file
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # PID 1 of a container outlives its own signals
 
 
 def console() -> NoReturn:
@@ -14124,6 +13971,8 @@ def console() -> NoReturn:
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass
+    if code < 0:
+        _die(-code)
     os._exit(code)  # taking this large module apart would cost 5 ms of every command
 
 

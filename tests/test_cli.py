@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from conftest import MODULE, Client, clean_env, mflocal, wait_for
+from conftest import COMMAND, MODULE, Client, clean_env, mflocal, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -245,10 +245,13 @@ def test_wrong_words_are_one_line(project: Path, words: list[str]) -> None:
 
 
 def test_help_and_version(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "usage: mflocal COMMAND" in mflocal("--help", cwd=project, check=True).stdout
-    assert re.search(
-        r"^mflocal -V, --version ", mflocal("--help", cwd=project, check=True).stdout, re.M
-    )
+    text = mflocal("--help", cwd=project, check=True).stdout
+    assert "usage: mflocal [-q] COMMAND" in text and "-V, --version" in text
+    assert mflocal("help", cwd=project, check=True).stdout == text
+    assert mflocal(cwd=project).stdout == text and mflocal(cwd=project).returncode == 2
+    text = mflocal("help", "run", cwd=project, check=True).stdout
+    assert "usage: mflocal run [options] CMD" in text and "--idle-timeout SECONDS" in text
+    assert mflocal("help", "fly", cwd=project).returncode == 2
     for word in ("--version", "-V"):
         assert re.fullmatch(
             r"mflocal \d+\.\d+\.\d+\n", mflocal(word, cwd=project, check=True).stdout
@@ -264,7 +267,7 @@ def test_nobody_reads_the_help(project: Path, word: str) -> None:
     os.close(read)
     process = popen(*[word] * bool(word), cwd=project, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
-    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 128 + signal.SIGPIPE)
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", -signal.SIGPIPE)
 
 
 def test_other_options_name_restart(project: Path) -> None:
@@ -454,19 +457,28 @@ def test_run_hands_through(project: Path) -> None:
 
 @pytest.mark.core
 def test_exit_codes(project: Path) -> None:
-    assert (
-        mflocal("run", "-q", "sh", "-c", "kill -TERM $$", cwd=project).returncode
-        == 128 + signal.SIGTERM
-    )
-    assert (
-        mflocal("run", "-q", "sh", "-c", "kill -KILL $$", cwd=project).returncode
-        == 128 + signal.SIGKILL
-    )
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+        # A shell sees 128 + N, and that a signal was the end: its loop stops after Ctrl-C.
+        words = ("run", "-q", "sh", "-c", f"kill -{int(number)} $$")
+        assert mflocal(*words, cwd=project).returncode == -number
+        line = '"$0" "$@"; echo $?'
+        done = subprocess.run(
+            ["sh", "-c", line, *COMMAND, *words],
+            cwd=project, env=clean_env(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stdout == f"{128 + number}\n", done
     missing = mflocal("run", "-q", "no-such-command", cwd=project)
     assert missing.returncode == 127 and "no-such-command" in missing.stderr
     (project / "plain").write_text("text")
     assert mflocal("run", "-q", "./plain", cwd=project).returncode == 126
     assert mflocal("run", "-q", ".", cwd=project).returncode == 126
+    nameless = mflocal("run", "-q", "", cwd=project)
+    assert nameless.returncode == 127 and nameless.stderr.count("\n") == 1
+    (project / "script").write_text('echo "$1"; exit 5\n')
+    (project / "script").chmod(0o755)
+    for name, path in (("./script", os.environ["PATH"]), ("script", str(project))):
+        done = mflocal("run", "-q", name, "a b", cwd=project, env=clean_env(PATH=path))
+        assert (done.returncode, done.stdout) == (5, "a b\n"), done
 
 
 @pytest.mark.core
@@ -474,7 +486,8 @@ def test_the_environment_of_the_command(project: Path) -> None:
     code = "import os, json; print(json.dumps(dict(os.environ)))"
     home = project / "home"
     home.mkdir()
-    (home / "config.json").write_text(json.dumps({"METAFLOW_SERVICE_HEADERS": {"x-mine": "1"}}))
+    told_elsewhere = {"METAFLOW_UI_URL": "https://ui.example"}
+    (home / "config.json").write_text(json.dumps(told_elsewhere))
     env = clean_env(
         METAFLOW_HOME=str(home),
         METAFLOW_SERVICE_URL="http://prod.example",
@@ -482,11 +495,12 @@ def test_the_environment_of_the_command(project: Path) -> None:
     )
     done = mflocal("run", PYTHON, "-c", code, cwd=project, env=env)
     told = json.loads(done.stdout)
-    assert told["METAFLOW_SERVICE_URL"] == "http://127.0.0.1:%d" % state_of(project)["port"]
+    url = "http://127.0.0.1:%d" % state_of(project)["port"]
+    assert re.fullmatch(url + "/_lease/[0-9a-f]{16}", told["METAFLOW_SERVICE_URL"])
+    assert told["METAFLOW_SERVICE_INTERNAL_URL"] == url
+    assert told["METAFLOW_UI_URL"] == ""  # the configured one shows another service's runs
     assert told["METAFLOW_DEFAULT_METADATA"] == "service"
     assert told["METAFLOW_ENABLED_SIDECAR"] == ""
-    headers = json.loads(told["METAFLOW_SERVICE_HEADERS"])
-    assert headers["x-mine"] == "1" and re.fullmatch("[0-9a-f]{16}", headers["x-mflocal-lease"])
     assert told["NO_PROXY"] == told["no_proxy"] == "127.0.0.1,localhost"
     added = {key for key in told if told[key] != env.get(key)} - {
         "PWD",
@@ -497,13 +511,13 @@ def test_the_environment_of_the_command(project: Path) -> None:
     }
     assert added == {
         "METAFLOW_SERVICE_URL", "METAFLOW_DEFAULT_METADATA", "METAFLOW_ENABLED_SIDECAR",
-        "METAFLOW_SERVICE_HEADERS", "NO_PROXY", "no_proxy",
+        "METAFLOW_SERVICE_INTERNAL_URL", "METAFLOW_UI_URL", "NO_PROXY", "no_proxy",
     }  # fmt: skip
     assert "overrides METAFLOW_SERVICE_URL=http://prod.example" in done.stderr
     done = mflocal("run", "true", cwd=project, env=clean_env(METAFLOW_DEFAULT_DATASTORE="s3"))
     assert "default datastore s3 is not local" in done.stderr
-    bad = mflocal("run", "true", cwd=project, env=clean_env(METAFLOW_SERVICE_HEADERS="{"))
-    assert bad.returncode == 2 and "METAFLOW_SERVICE_HEADERS" in bad.stderr
+    words = ["run", *COMMAND, "run", "--", "true"]
+    assert "overrides" not in mflocal(*words, cwd=project, check=True).stderr
 
 
 @pytest.mark.parametrize(
@@ -513,25 +527,22 @@ def test_the_environment_of_the_command(project: Path) -> None:
         (["--heartbeats", "sidecar"], {}, None),
         ([], {"METAFLOW_LOCAL_SERVICE_HEARTBEATS": "sidecar"}, None),
         ([], {"METAFLOW_ENABLED_SIDECAR": "save_logs_periodically"}, "save_logs_periodically"),
-        (["--heartbeats", "connection"], {"PYTHONPATH": "ext"}, ""),
-        ([], {"PYTHONPATH": "ext"}, None),
-        (["--heartbeats", "auto"], {"PYTHONPATH": "other"}, ""),
+        (["--heartbeats", "connection"], {}, ""),
     ],
 )
 def test_sidecars(
     project: Path, options: list[str], env: dict[str, str], expected: str | None
 ) -> None:
-    (project / "ext/metaflow_extensions/org/plugins").mkdir(parents=True)
-    (project / "other/metaflow_extensions/org/config").mkdir(parents=True)
-    code = "import os, json; print(json.dumps(os.environ.get('METAFLOW_ENABLED_SIDECAR')))"
-    done = mflocal("run", *options, PYTHON, "-c", code, cwd=project, env=clean_env(**env))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == expected
-
-
-def test_an_unknown_command_keeps_its_sidecars(project: Path) -> None:
-    done = mflocal("run", "sh", "-c", "echo ${METAFLOW_ENABLED_SIDECAR-unset}", cwd=project)
-    assert done.stdout == "unset\n"
+    show = "import os, json; print(json.dumps(os.environ.get('METAFLOW_ENABLED_SIDECAR')))"
+    (project / "show.py").write_text(show)
+    (project / "script.sh").write_text(f'#!/bin/sh\nexec nice "{PYTHON}" show.py\n')
+    (project / "script.sh").chmod(0o755)
+    python = [PYTHON, "show.py"]
+    launchers = [[], ["env"], ["timeout", "60"], ["sh", "-c", 'exec "$0" "$@"']]
+    for words in ["./script.sh"], *([*launcher, *python] for launcher in launchers):
+        done = mflocal("run", *options, *words, cwd=project, env=clean_env(**env))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == expected, words
 
 
 def test_explicit_root_moves_everything(project: Path) -> None:
@@ -742,7 +753,7 @@ def test_a_stopped_daemon_stays_away_and_a_restarted_one_is_adopted(project: Pat
 
 def test_a_daemon_that_cannot_start_ends_the_command(project: Path) -> None:
     bundle = project / "bundle.zip"
-    bundle.write_bytes(b"PK\3\4 but not really")
+    bundle.write_bytes(b"PK\3\4 but PK\5\6 not really")
     done = mflocal("run", "-q", "--bundle", str(bundle), "sleep", "600", cwd=project)
     assert done.returncode == 3
     assert "could not start" in done.stderr and "bundle.zip" in done.stderr
@@ -1130,11 +1141,15 @@ def test_logs_follow(project: Path) -> None:
     mflocal("stop", cwd=project, check=True)
     assert "stopping" in follower.stdout.readline()
     follower.send_signal(signal.SIGINT)
-    assert follower.wait(60) == 130
+    assert follower.wait(60) == -signal.SIGINT
     follower.stdout.close()
 
 
 def test_ui_without_a_bundle(project: Path) -> None:
+    refused = mflocal("ui", "--no-open", cwd=project)
+    assert refused.returncode == 2 and str(project) in refused.stderr and "--root" in refused.stderr
+    assert not (project / ".metaflow").exists()
+    (project / ".metaflow").mkdir()
     done = mflocal("ui", "--no-open", cwd=project, env=clean_env(HOME=str(project)), check=True)
     assert "docker run -p 3000:3000 -e METAFLOW_SERVICE=http://127.0.0.1:" in done.stdout
 
@@ -1150,7 +1165,7 @@ def test_ui_with_a_bundle(project: Path) -> None:
     bundle = make_bundle(project / "bundle")
     done = mflocal("ui", "--no-open", "--bundle", str(bundle), cwd=project, check=True)
     url = "http://127.0.0.1:%d/" % state_of(project)["port"]
-    assert done.stdout == url + "\n" and done.stderr == ""
+    assert done.stdout == url + "\n" and f"root {project}" in done.stderr
     assert "the UI" in str(Client(url[:-1], project)("GET", "/").body)
     env = mflocal("run", "-q", "sh", "-c", "echo $METAFLOW_UI_URL", cwd=project).stdout
     assert env == url[:-1] + "\n"
@@ -1160,6 +1175,7 @@ def test_ui_with_a_bundle(project: Path) -> None:
 
 def test_ui_with_a_key(project: Path) -> None:
     bundle = make_bundle(project / "bundle")
+    (project / ".metaflow").mkdir()
     env = clean_env(
         METAFLOW_LOCAL_SERVICE_AUTH_KEY="s3cret", METAFLOW_LOCAL_SERVICE_UI_BUNDLE=str(bundle)
     )
@@ -1185,114 +1201,6 @@ def test_ui_with_a_key(project: Path) -> None:
         "run", "-q", "sh", "-c", "echo $METAFLOW_SERVICE_AUTH_KEY", cwd=project, check=True
     )
     assert told.stdout == "s3cret\n"
-
-
-# -- which Python would run the command
-
-
-def test_extensions_are_found_without_running_python(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    venv = tmp_path / "venv"
-    site = venv / "lib/python3.12/site-packages"
-    site.mkdir(parents=True)
-    (venv / "bin").mkdir()
-    (venv / "bin/python").write_bytes(b"\x7fELF")
-    (venv / "bin/python").chmod(0o755)
-    (venv / "pyvenv.cfg").write_text("home = /usr/bin\n")
-    tool = venv / "bin/tool"
-    tool.write_text(f"#!{venv}/bin/python\n")
-    tool.chmod(0o755)
-    long_tool = venv / "bin/long"
-    long_tool.write_text(f"#!/bin/sh\n'''exec' \"{venv}/bin/python\" \"$0\" \"$@\"\n' '''\n")
-    long_tool.chmod(0o755)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    commands = [[str(venv / "bin" / name), "flow.py", "run"] for name in ("python", "tool", "long")]
-    for command in commands:
-        assert module.has_extensions(command) is False
-    elsewhere = tmp_path / "src"
-    (elsewhere / "metaflow_extensions/org/plugins").mkdir(parents=True)
-    (site / "x.pth").write_text(f"import os\n# no\n{elsewhere}\n")
-    for command in commands:
-        assert module.has_extensions(command) is True
-    (site / "x.pth").unlink()
-    (site / "__editable___org_finder.py").write_text("MAPPING = {'metaflow_extensions.org': '/x'}")
-    assert module.has_extensions(commands[0]) is True
-    (site / "__editable___org_finder.py").unlink()
-    (tmp_path / "flows/metaflow_extensions/org/plugins").mkdir(parents=True)
-    assert module.has_extensions([commands[0][0], "flows/flow.py"]) is True
-    assert module.has_extensions(["sh", "-c", "x"]) is None
-    assert module.has_extensions(["no-such-command"]) is None
-
-
-def test_a_version_managers_python_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shim = tmp_path / "python"
-    shim.write_text(f'#!/bin/sh\nexec "{PYTHON}" "$@"\n')
-    shim.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert module.has_extensions(["python", "flow.py"]) is False
-    (tmp_path / "ext/metaflow_extensions/org/plugins").mkdir(parents=True)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "ext"))
-    assert module.has_extensions(["python", "flow.py"]) is True
-
-
-@pytest.fixture
-def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The shim of a real pyenv, in a directory that says nothing of versions."""
-    told = subprocess.run(["sh", "-c", "pyenv root"], capture_output=True, text=True).stdout.strip()
-    path = Path(told, "shims/python3")
-    if not told or not path.exists():
-        pytest.skip("no pyenv here")
-    monkeypatch.chdir(tmp_path)
-    for name in ("PYENV_VERSION", "PYENV_DIR", "PYTHONPATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
-    return path
-
-
-@pytest.mark.parametrize(
-    "how", ["global", "here", "above", "environment", "several", "short", "system", "typo", "other"]
-)
-def test_pyenvs_shim_is_understood_where_it_is_plain(
-    shim: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    """To ask it takes longer than all else that `run` does. What it would start is asked of itself here."""
-    versions = sorted(
-        path.name
-        for path in (shim.parent.parent / "versions").iterdir()
-        if (path / "bin/python3").exists()
-    )
-    name = versions[-1]
-    texts = {
-        "here": f"{name}\n",
-        "above": f"# ours\n\n {name}  # or newer\r\n",
-        "several": f"{versions[0]}\n{name}\n",
-    }
-    texts.update(short=name.rpartition(".")[0], typo="nothing-of-this-name")
-    if how in texts:
-        Path(".python-version").write_text(texts[how])
-    if how == "above":
-        Path("sub/deeper").mkdir(parents=True)
-        monkeypatch.chdir("sub/deeper")
-    if how in ("environment", "system"):
-        monkeypatch.setenv("PYENV_VERSION", name if how == "environment" else "system")
-    head = shim.read_bytes()
-    if how == "other":  # a shim of an older pyenv, which looks beside the script as well
-        head = head.replace(b"#!", b"#!\nPYENV_DIR=elsewhere\n", 1)
-    found = module._pyenv_python("python3", head)
-    told = subprocess.run(
-        [shim, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True
-    ).stdout.strip()
-    if how in ("short", "system", "typo", "other"):
-        assert found is None  # pyenv knows what these mean, or that they mean nothing
-    else:
-        assert found and os.path.samefile(Path(found).parent.parent, told)
-        assert module.has_extensions(["python3", "flow.py"]) in (True, False)
 
 
 # -- what surrounds us
@@ -1329,12 +1237,12 @@ def test_a_signal_before_the_command_is_there_reaches_it(project: Path) -> None:
     code = (
         "import os, sys; sys.path.insert(0, %r); import mflocal; spawn = os.posix_spawnp\n"
         "def late(*a, **k): os.kill(os.getpid(), 15); return spawn(*a, **k)\n"
-        "os.posix_spawnp = late; sys.exit(mflocal.main(['run', 'sleep', '600']))"
+        "os.posix_spawnp = late; sys.argv[1:] = ['run', 'sleep', '600']; mflocal.console()"
     )
     done = subprocess.run(
         [PYTHON, "-c", code % str(MODULE.parent)], cwd=project, env=clean_env(), timeout=60
     )
-    assert done.returncode == 128 + signal.SIGTERM
+    assert done.returncode == -signal.SIGTERM
 
 
 def test_restart_keeps_the_files_of_the_ui(project: Path) -> None:

@@ -120,9 +120,11 @@ def test_linear_flow_and_its_surroundings(project: Path) -> None:
     assert data["seen"] == ["end", "middle", "start"] and data["finished_while_running"] is False
     assert "the end of good morning world" in only_task(seen["steps"]["end"])["stdout"]
     env = data["env"]
-    assert env["METAFLOW_SERVICE_URL"] == "http://127.0.0.1:%d" % daemon_state(project)["port"]
+    url = "http://127.0.0.1:%d" % daemon_state(project)["port"]
+    assert env["METAFLOW_SERVICE_INTERNAL_URL"] == url
+    assert env["METAFLOW_SERVICE_URL"].startswith(url + "/_lease/")
     assert env["METAFLOW_DEFAULT_METADATA"] == "service" and env["METAFLOW_ENABLED_SIDECAR"] == ""
-    assert set(json.loads(env["METAFLOW_SERVICE_HEADERS"])) == {"x-mflocal-lease"}
+    assert "METAFLOW_SERVICE_HEADERS" not in env
     assert "127.0.0.1" in env["no_proxy"] and env["NO_PROXY"] == env["no_proxy"]
     assert "METAFLOW_DATASTORE_SYSROOT_LOCAL" not in env and "METAFLOW_SERVICE_AUTH_KEY" not in env
 

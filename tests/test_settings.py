@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 from conftest import clean_env
+from conftest import mflocal as run
 
 import mflocal
 
@@ -95,20 +95,49 @@ def test_malformed_variables_are_named(tmp_path: Path, variable: str, text: str)
 
 
 def test_flags_beat_variables(tmp_path: Path) -> None:
-    settings = make(
-        tmp_path, {"PORT": "1", "ALLOWED_HOSTS": "x"}, port="2", allowed_hosts=["a", "b"]
-    )
+    settings = make(tmp_path, {"PORT": "1", "ALLOWED_HOSTS": "x"}, port=2, allowed_hosts=["a", "b"])
     assert settings.port == 2 and settings.allowed_hosts == ("a", "b")
-    with pytest.raises(mflocal.SettingsError, match="^--port "):
-        make(tmp_path, {"PORT": "1"}, port="x")
+
+
+def test_flags_on_the_command_line(project: Path) -> None:
+    env = clean_env(METAFLOW_LOCAL_SERVICE_PORT="1", METAFLOW_LOCAL_SERVICE_AUTH_KEY="k")
+    flags = ["--port", "0", "--allow-host", "a,b", "--allow-host=c", "--host", "::", "-q"]
+    run("start", *flags, cwd=project, env=env, check=True)
+    state = json.loads((project / ".metaflow/.mflocal/daemon.json").read_text())
+    assert state["options"]["allowed_hosts"] == ["a", "b", "c"] and state["host"] == "::"
+    assert run("status", "-q", cwd=project).returncode == 0
+    for words in (
+        ["--port", "x"],
+        ["--host", "a b"],
+        ["--heartbeats", "no"],
+        ["--idle-timeout=-1"],
+    ):
+        done = run("run", *words, "true", cwd=project)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert words[0].partition("=")[0] in done.stderr
 
 
 def test_other_machines_only_with_a_key(tmp_path: Path) -> None:
-    assert make(tmp_path, host="localhost").host == "127.0.0.1"
-    assert make(tmp_path, host="[::1]").host == "::1"
+    assert make(tmp_path, host="127.0.0.1").host == "127.0.0.1"
     with pytest.raises(mflocal.SettingsError, match="AUTH_KEY"):
         make(tmp_path, host="0.0.0.0")
     assert make(tmp_path, {"AUTH_KEY": "k"}, host="0.0.0.0").host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("localhost", "127.0.0.1"),
+        ("127.1", "127.0.0.1"),
+        ("0", "0.0.0.0"),
+        ("::", "::"),
+        ("[::1]", "::1"),
+        ("0:0:0:0:0:0:0:1", "::1"),
+        ("Box.example", "box.example"),
+    ],
+)
+def test_an_address_has_one_form(text: str, host: str) -> None:
+    assert mflocal.OPTIONS["host"].parse(text) == host
 
 
 @pytest.mark.parametrize(
@@ -230,59 +259,3 @@ def test_missing_profile_is_named(tmp_path: Path) -> None:
 def test_nothing_is_created_by_looking(tmp_path: Path) -> None:
     mflocal.find_root(None, {}, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
-
-
-def both_kinds() -> list[Any]:
-    class Ours(mflocal.NamedTuple):
-        a: int
-        b: str = "x"
-        c: tuple[int, ...] = ()
-
-    class Theirs(NamedTuple):
-        a: int
-        b: str = "x"
-        c: tuple[int, ...] = ()
-
-    return [Ours, Theirs]
-
-
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
-        ((1,), {}),
-        ((1, "y", (2,)), {}),
-        ((), {"a": 1}),
-        ((), {"c": (3,), "a": 1}),
-        ((1,), {"c": (3,)}),
-        ((), {}),
-        ((1, "y", (), 4), {}),
-        ((1,), {"a": 2}),
-        ((1,), {"d": 2}),
-        ((), {"b": "y"}),
-    ],
-)
-def test_our_named_tuples_are_as_those_of_typing(
-    values: tuple[Any, ...], named: dict[str, Any]
-) -> None:
-    made = []
-    for kind in both_kinds():
-        try:
-            one = kind(*values, **named)
-            other = one._replace(b="z")
-        except TypeError:
-            made.append(None)
-        else:
-            shown = repr(one).partition("(")[2]
-            made.append(
-                (
-                    tuple(one),
-                    one.a,
-                    one.b,
-                    one.c,
-                    one._asdict(),
-                    tuple(other),
-                    one == tuple(one),
-                    shown,
-                )
-            )
-    assert made[0] == made[1]
