@@ -13223,6 +13223,7 @@ _NOT_FORWARDED = {
     signal.SIGSYS,
 }  # fmt: skip
 SIGNAL_SPREAD = 0.01  # s that a sender who signals one process after the other gets to reach all
+WITNESS_TIMEOUT = 1.0  # s for its answer; it may have been stopped
 SIGNAL_MEMORY = 0.1  # s for which a signal of the group explains one of the same number that we got
 
 
@@ -13260,10 +13261,10 @@ class _Witness:
         told = b""
         try:
             os.write(self._ask, b"?")
-            while not told.endswith(b"\0"):
+            while b"\0" not in told and select.select([self._told], [], [], WITNESS_TIMEOUT)[0]:
                 told += os.read(self._told, 256) or b"\0"
         except OSError:
-            pass  # somebody has ended it: all signals count as ours alone
+            pass  # somebody has ended it: every signal counts as ours alone
         now = time.monotonic()
         self._seen.update(dict.fromkeys(told, now))
         return now - self._seen.get(number, -SIGNAL_MEMORY) < SIGNAL_MEMORY

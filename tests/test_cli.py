@@ -663,10 +663,11 @@ def test_a_daemon_comes_back_without_its_bundle(project: Path) -> None:
     bundle.mkdir()
     (bundle / "index.html").write_text("<html></html>")
     mflocal("start", "--bundle", str(bundle), cwd=project, check=True)
-    wrapper = popen("run", "-q", "sleep", "4", cwd=project, stderr=subprocess.PIPE)
+    wrapper = popen(
+        "run", "-q", "sh", "-c", "touch up; sleep 4", cwd=project, stderr=subprocess.PIPE
+    )
     first = state_of(project)
-    wait_for(lambda: mflocal("status", cwd=project).returncode == 0)
-    time.sleep(0.5)
+    wait_for((project / "up").exists)
     bundle.rename(project / "away")
     os.kill(first["pid"], signal.SIGKILL)
     wait_for(lambda: changed(project, first["instance"]))
