@@ -6571,6 +6571,7 @@ _HTTP_RANGE = re.compile(r"\s*bytes\s*=\s*([0-9]*)-([0-9]*)\s*")
 _HTTP_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _HTTP_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _HTTP_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_HTTP_TEXT = bytes(c for c in range(256) if c == 9 or (c >= 32 and c != 127))  # no control
 _BYTE_TOKEN = _TOKEN.encode()
 _HTTP_CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*" + _BYTE_TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _BYTE_TOKEN
@@ -6814,24 +6815,46 @@ class RequestParser:
         self._size += end + 2
         return text.decode("latin-1")
 
+    def _lines(self) -> Iterator[str]:
+        """The lines that have come of a head or of trailers; the empty one behind them is the last."""
+        buf = self._buf
+        end = buf.find(b"\r\n\r\n", 0, MAX_LINE)
+        if end > 0 and not self._size and not buf.startswith(b"\r\n"):
+            block = bytes(buf[: end + 2])
+            # All of it has come and is clean, as nearly always: one look instead of one at each line.
+            if len(block.translate(None, _HTTP_TEXT)) == 2 * block.count(b"\r\n"):
+                del buf[: end + 4]
+                yield from block.decode("latin-1").split("\r\n")
+                return
+        line = self._line()
+        while line is not None:
+            yield line
+            line = self._line() if line else None
+
     def _read_head(self) -> bool:
-        while True:
-            line = self._line()
-            if line is None:
-                return False
+        for line in self._lines():
             if self.pending is None:
                 self.pending = _request_line(line)
             elif line:
-                self._count_field()
-                _add_field(self.pending.headers, line)
+                self._add_field(self.pending.headers, line)
             else:
                 self._frame(self.pending)
                 return True
+        return False
 
-    def _count_field(self) -> None:
+    def _add_field(self, headers: dict[str, str], line: str) -> None:
         self._fields += 1
         if self._fields > MAX_HEADERS:
             raise Problem(431, f"more than {MAX_HEADERS} header fields")
+        field, colon, value = line.partition(":")
+        if not colon and line[:1] not in (" ", "\t"):
+            raise Problem(400, "a header line without a colon")
+        name, value = _field_name(field), value.strip(" \t")
+        if name in headers:
+            if name in _HTTP_SINGLETONS:
+                raise Problem(400, f"more than one {name} field")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
 
     def _frame(self, request: Request) -> None:
         """Checks what the header fields say together and settles how the body is framed."""
@@ -6921,15 +6944,12 @@ class RequestParser:
 
     def _read_trailers(self) -> bool:
         """They must be well formed, and mean nothing here."""
-        while True:
-            line = self._line()
-            if line is None:
-                return False
+        for line in self._lines():
             if not line:
                 body, self._body = bytes(self._body), bytearray()
                 return self._complete(body)
-            self._count_field()
-            _add_field({}, line)
+            self._add_field({}, line)
+        return False
 
     def _complete(self, body: bytes) -> bool:
         request = self._whole = self.pending
@@ -6997,19 +7017,6 @@ def _check_coding(coding: str, length: str | None, http10: bool) -> None:
         if _HTTP_CODINGS.fullmatch(coding) is None or coding.lower().count("chunked") > 1:
             raise Problem(400, "Transfer-Encoding is malformed")
         raise Problem(501, "the only transfer coding is chunked")
-
-
-def _add_field(headers: dict[str, str], line: str) -> None:
-    """Adds a header line (whose bytes have been checked) to the dict; Problem(400)."""
-    field, colon, value = line.partition(":")
-    if not colon and line[:1] not in (" ", "\t"):
-        raise Problem(400, "a header line without a colon")
-    name, value = _field_name(field), value.strip(" \t")
-    if name in headers:
-        if name in _HTTP_SINGLETONS:
-            raise Problem(400, f"more than one {name} field")
-        value = f"{headers[name]}, {value}"
-    headers[name] = value
 
 
 @lru_cache(maxsize=512)
@@ -7229,22 +7236,28 @@ def _byte_range(value: str, size: int) -> tuple[int, int] | None:
 
 
 # ---- 9. WebSocket: the server's side of RFC 6455, without I/O ----
+#
+# What differs from the Autobahn test suite: no compression (12.*, 13.*: RSV1 is an error); text only, the head
+# of a binary message fails with 1003 (1.2.*, 9.2.*, 9.4.*, 9.6.*, 9.8.*); messages over WS_MAX_MESSAGE fail with
+# 1009 as soon as a head declares them, as do messages in more than WS_MAX_FRAGMENTS frames (7.1.6, 9.1.*, 9.3.*,
+# 9.5.*); close codes from 5000 on fail with 1002 (7.13.*); of those registered after the RFC, 1012 to 1014 are
+# accepted. What the client sends after our close frame is checked, but only its close frame becomes an event.
 
-# Payload of a control frame (RFC 6455, 5.5); a close frame spends two of them on its code.
-_WS_MAX_CONTROL = 125
+_WS_MAX_CONTROL = (
+    125  # bytes of a control frame (RFC 6455, 5.5); a close frame spends two on its code
+)
 _WS_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 _WS_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # base64 of exactly 16 bytes
 _WS_CONTINUATION, _WS_TEXT, _WS_BINARY, _WS_CLOSE, _WS_PING, _WS_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-_WS_OPCODES = frozenset((_WS_CONTINUATION, _WS_TEXT, _WS_BINARY, _WS_CLOSE, _WS_PING, _WS_PONG))
+_WS_OPCODES = (_WS_CONTINUATION, _WS_TEXT, _WS_BINARY, _WS_CLOSE, _WS_PING, _WS_PONG)
 _WS_EXTENDED = {126: 2, 127: 8}  # 7-bit length -> bytes of the length that follows
 
 
 def websocket_handshake(request: Request) -> list[tuple[str, str]]:
-    """Check an opening handshake (RFC 6455, 4.2.1) and return the headers of the 101 answer.
+    """Checks an opening handshake (RFC 6455, 4.2.1) and returns the headers of the 101 answer.
 
-    Raises Problem 405 (not GET), 400 (HTTP/1.0, a body, a missing, doubled or malformed key) or 426 (no
-    upgrade to websocket asked for, or a version other than 13). Extensions and subprotocols that the client
-    offers are not taken up, which the RFC allows. Host, Origin and key are the business of section 10.
+    Problem 405 (not GET), 400 (HTTP/1.0, a body, a missing, doubled or malformed key), 426 (no upgrade to
+    websocket, another version than 13). Extensions and subprotocols that the client offers are not taken up.
     """
     import hashlib
 
@@ -7254,28 +7267,20 @@ def websocket_handshake(request: Request) -> list[tuple[str, str]]:
         raise Problem(400, "a WebSocket needs HTTP/1.1")
     if request.body:  # bytes after the head would have two readings: body or frames
         raise Problem(400, "a WebSocket handshake has no body", close=True)
-    headers = request.headers
+    headers = {name: value.strip() for name, value in request.headers.items()}
     tokens = [token.strip().lower() for token in headers.get("connection", "").split(",")]
-    if "upgrade" not in tokens or headers.get("upgrade", "").strip().lower() != "websocket":
-        raise _upgrade_required("here a request must ask for an upgrade to websocket")
-    if headers.get("sec-websocket-version", "").strip() != "13":
-        raise _upgrade_required("only version 13 of WebSocket is spoken here")
-    key = headers.get("sec-websocket-key", "").strip()
+    upgrade = "upgrade" in tokens and headers.get("upgrade", "").lower() == "websocket"
+    if not upgrade or headers.get("sec-websocket-version") != "13":
+        # RFC 9110 (15.5.22) wants Upgrade in it, RFC 6455 (4.4) the version that is spoken.
+        wanted = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        detail = "here a request must ask for an upgrade to websocket, version 13"
+        raise Problem(426, detail, headers=wanted)
+    key = headers.get("sec-websocket-key", "")
     if not _WS_KEY.fullmatch(key):
         raise Problem(400, "Sec-WebSocket-Key must be there once, with 16 bytes in base64")
     digest = hashlib.sha1((key + _WS_GUID).encode("ascii"), usedforsecurity=False).digest()
     accept = base64.b64encode(digest).decode("ascii")
     return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
-
-
-def _upgrade_required(detail: str) -> Problem:
-    """The 426 answer; RFC 9110 (15.5.22) wants Upgrade in it, RFC 6455 (4.4) the version that is spoken."""
-    return Problem(426, detail, headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"})
-
-
-def switching_protocols(headers: list[tuple[str, str]]) -> bytes:
-    """The whole 101 answer; frames follow at once. ValueError for a header that is not fit to be sent."""
-    return Response(101, headers=headers).encode()
 
 
 class Text(NamedTuple):
@@ -7297,10 +7302,9 @@ class Pong(NamedTuple):
 
 
 class Close(NamedTuple):
-    """The last event: the client closed, or broke a rule.
+    """The last event: the client closed, or broke a rule. Send `close(code, reason)`, then end the connection.
 
-    `code` 1002, 1003, 1007 or 1009 with our reason for a broken rule; else the client's own code and reason
-    (1005 and "" when it gave none). Send `close(code, reason)`, then end the TCP connection.
+    code: 1002, 1003, 1007 or 1009 with our reason for a broken rule; else the client's own (1005: it gave none).
     """
 
     code: int
@@ -7312,12 +7316,7 @@ if TYPE_CHECKING:
 
 
 class _Violation(Exception):
-    """The client broke a rule; the connection fails with `code` (RFC 6455, 7.4.1) and `reason`."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(code, reason)
-        self.code = code
-        self.reason = reason
+    """The client broke a rule; the connection fails with a code (RFC 6455, 7.4.1) and a reason."""
 
 
 def _unmask(data: bytes, key: bytes) -> bytes:
@@ -7331,12 +7330,10 @@ def _server_frame(opcode: int, payload: bytes) -> bytes:
     """One unfragmented, unmasked frame with the shortest form of its length."""
     size = len(payload)
     if size < 126:
-        head = bytes((0x80 | opcode, size))
-    elif size < 1 << 16:
-        head = bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big")
-    else:
-        head = bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big")
-    return head + payload
+        return bytes((0x80 | opcode, size)) + payload
+    if size < 1 << 16:
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
 
 
 def _may_be_sent(code: int) -> bool:
@@ -7344,14 +7341,12 @@ def _may_be_sent(code: int) -> bool:
     return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
-def _close_payload(payload: bytes) -> Close:
-    """Read a client's close frame; _Violation 1002 (length, code) or 1007 (reason is not UTF-8)."""
+def _close_event(payload: bytes) -> Close:
+    """What a client's close frame says; _Violation 1002 (length, code) or 1007 (reason is not UTF-8)."""
     if not payload:
         return Close(1005, "")
-    if len(payload) == 1:
-        raise _Violation(1002, "close frame with half a code")
     code = int.from_bytes(payload[:2], "big")
-    if not _may_be_sent(code):
+    if len(payload) == 1 or not _may_be_sent(code):
         raise _Violation(1002, f"close code {code} is not for sending")
     try:
         return Close(code, payload[2:].decode("utf-8"))
@@ -7364,17 +7359,8 @@ class WebSocketProtocol:
 
     state: "open"; "closing" once a close frame was made or an event Close given out; "closed" after both.
     Unless open, send_text, ping and pong return b"" (a broadcast need not ask). After the event Close all
-    later bytes are discarded. Timers (own pings, silence, waiting for the client's close frame) belong to the
-    server, which should also let its writer drain: one read can hold thousands of empty pings.
-
-    Deviations from the Autobahn test suite:
-    - 12.*, 13.*: no compression; permessage-deflate is never negotiated, so RSV1 is an error (1002).
-    - 1.2.*, 9.2.*, 9.4.*, 9.6.*, 9.8.*: text only; the head of a binary message fails with 1003.
-    - 7.1.6, 9.1.2 to 9.1.6, 9.3.*, 9.5.*: messages over WS_MAX_MESSAGE fail with 1009 as soon as a head
-      declares them, as do messages in more than WS_MAX_FRAGMENTS frames.
-    - 7.13.*: close codes from 5000 on, which the suite leaves open, fail with 1002.
-    - Close codes registered after the RFC: 1012 to 1014 are accepted; 1015 to 2999 are not.
-    - What the client sends after our close frame is checked, but only its close frame becomes an event.
+    later bytes are discarded. Timers (own pings, silence, waiting for the client's close frame) and room for
+    what is written belong to the server: one read can hold thousands of empty pings.
     """
 
     def __init__(
@@ -7401,7 +7387,7 @@ class WebSocketProtocol:
         return ("open", "closing", "closed")[self._sent + self._ended]
 
     def feed(self, data: bytes) -> list[WebSocketEvent]:
-        """Take bytes from the socket, in pieces of any size; never raises for what is in them."""
+        """Takes bytes from the socket, in pieces of any size; never raises for what is in them."""
         events: list[WebSocketEvent] = []
         if self._ended:
             return events
@@ -7410,13 +7396,12 @@ class WebSocketProtocol:
             while not self._ended and (self._payload(events) if self._in_frame else self._head()):
                 pass
         except _Violation as violation:
-            self._end(Close(violation.code, violation.reason), events)
+            self._end(Close(*violation.args), events)
         return events
 
     def send_text(self, text: str | bytes) -> bytes:
         """A text message; bytes must be UTF-8 already (JSON from dumps). b"" unless open."""
-        payload = text.encode("utf-8") if isinstance(text, str) else text
-        return self._send(_WS_TEXT, payload)
+        return self._send(_WS_TEXT, text.encode("utf-8") if isinstance(text, str) else text)
 
     def ping(self, payload: bytes = b"") -> bytes:
         """A ping; ValueError over 125 bytes. b"" unless open."""
@@ -7425,6 +7410,11 @@ class WebSocketProtocol:
     def pong(self, payload: bytes = b"") -> bytes:
         """The answer to a Ping with this payload; ValueError over 125 bytes. b"" unless open."""
         return self._send(_WS_PONG, payload)
+
+    def _send(self, opcode: int, payload: bytes) -> bytes:
+        if opcode & 0x8 and len(payload) > _WS_MAX_CONTROL:
+            raise ValueError(f"control frames carry at most {_WS_MAX_CONTROL} bytes")
+        return b"" if self._sent or self._ended else _server_frame(opcode, payload)
 
     def close(self, code: int = 1000, reason: str = "") -> bytes:
         """The one close frame, to begin or to answer a closing handshake; b"" when it was made before.
@@ -7442,13 +7432,8 @@ class WebSocketProtocol:
         text = reason.encode("utf-8", "replace")[: _WS_MAX_CONTROL - 2].decode("utf-8", "ignore")
         return _server_frame(_WS_CLOSE, code.to_bytes(2, "big") + text.encode("utf-8"))
 
-    def _send(self, opcode: int, payload: bytes) -> bytes:
-        if opcode & 0x8 and len(payload) > _WS_MAX_CONTROL:
-            raise ValueError(f"control frames carry at most {_WS_MAX_CONTROL} bytes")
-        return b"" if self._sent or self._ended else _server_frame(opcode, payload)
-
     def _head(self) -> bool:
-        """Read the head of a frame off the buffer; False = needs more bytes. Fails as early as it can."""
+        """Reads the head of a frame off the buffer; False = needs more bytes. Fails as early as it can."""
         buffer = self._buffer
         if not buffer:
             return False
@@ -7504,13 +7489,14 @@ class WebSocketProtocol:
             raise _Violation(1009, f"message longer than {self._max_message} bytes")
 
     def _payload(self, events: list[WebSocketEvent]) -> bool:
-        """Take what is there of the frame's payload; False = needs more bytes."""
+        """Takes what is there of the frame's payload; False = needs more bytes."""
         piece = _unmask(bytes(self._buffer[: self._left]), self._key)
         size = len(piece)
         del self._buffer[:size]
         self._left -= size
         self._key = self._key[size % 4 :] + self._key[: size % 4]
-        if self._opcode & 0x8:
+        control = self._opcode & 0x8
+        if control:
             self._control += piece
         else:
             self._message += piece
@@ -7521,33 +7507,22 @@ class WebSocketProtocol:
         if self._left:
             return False
         self._in_frame = False
-        if self._opcode & 0x8:
-            self._control_frame(events)
+        if control:
+            payload, self._control = bytes(self._control), bytearray()
+            if self._opcode == _WS_CLOSE:
+                self._end(_close_event(payload), events)
+            elif not self._sent:  # after our close frame nothing but the client's counts
+                events.append(Ping(payload) if self._opcode == _WS_PING else Pong(payload))
         elif self._fin:
-            self._give(Text(self._message.decode("utf-8")), events)
-            self._message.clear()
-            self._fragments = 0
+            text, self._message, self._fragments = self._message.decode("utf-8"), bytearray(), 0
+            if not self._sent:
+                events.append(Text(text))
         return True
-
-    def _control_frame(self, events: list[WebSocketEvent]) -> None:
-        payload = bytes(self._control)
-        self._control.clear()
-        if self._opcode == _WS_CLOSE:
-            self._end(_close_payload(payload), events)
-        else:
-            self._give(Ping(payload) if self._opcode == _WS_PING else Pong(payload), events)
-
-    def _give(self, event: WebSocketEvent, events: list[WebSocketEvent]) -> None:
-        if (
-            not self._sent
-        ):  # after our close frame nobody wants, or may answer, anything but the client's
-            events.append(event)
 
     def _end(self, event: Close, events: list[WebSocketEvent]) -> None:
         self._ended = True
-        self._buffer.clear()
-        self._message.clear()
-        self._control.clear()
+        for buffer in (self._buffer, self._message, self._control):
+            buffer.clear()
         events.append(event)
 
 
@@ -11211,7 +11186,7 @@ class Connection:
         self, request: Request, takeover: Takeover, headers: List[Tuple[str, str]]
     ) -> None:
         self.websocket = websocket = WebSocket(self, self._transport, self._service, request)
-        self._transport.write(switching_protocols(headers))
+        self._transport.write(Response(101, headers=headers).encode())
         websocket.feed(self._parser.rest())
         try:
             await takeover.run(websocket)
