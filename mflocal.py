@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 # ---- 1. Settings: limits, flags and environment, which .metaflow ----
 
 VERSION = "0.1.0"
-STATE_SCHEMA = 1  # of daemon.json; a reader that meets another number leaves the file alone
+STATE_SCHEMA = 2  # of daemon.json; a reader that meets another number leaves the file alone
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -399,8 +399,14 @@ class Settings(NamedTuple):
 
     @property
     def state_dir(self) -> str:
-        """root/.metaflow/.mflocal, mflocal's own files."""
-        return os.path.join(self.root, METAFLOW_DIR, STATE_DIR)
+        """root/.metaflow/.mflocal, mflocal's own files; a folder beside it if that is another user's."""
+        shared = os.path.join(self.root, METAFLOW_DIR, STATE_DIR)
+        own = f"{shared}-{os.geteuid()}"
+        try:
+            foreign = os.lstat(shared).st_uid != os.geteuid()
+        except OSError:
+            foreign = False
+        return own if foreign or os.path.lexists(own) else shared
 
 
 def is_loopback(host: str) -> bool:
@@ -2744,6 +2750,10 @@ class Liveness:
         """Whether a connection stands for something unfinished, so that silence is no reason to close it."""
         keys = self._owned.get(connection, ())
         return any(not self._finished(self._nodes[key], key[1]) for key in keys)
+
+    def leases(self) -> int:
+        """How many wrappers live."""
+        return len(self._leases)
 
     def busy(self) -> bool:
         """Whether a wrapper lives or a connection stands for something unfinished."""
@@ -11500,7 +11510,10 @@ class Service:
         self.store = Store(
             os.path.realpath(settings.metaflow_dir), os.path.join(settings.state_dir, "tmp")
         )
-        self.store.sweep()
+        try:
+            self.store.sweep()
+        except OSError as error:  # what is there can be served all the same
+            log(f"nothing can be written: {error}")
         self.liveness = Liveness(self.store, settings.run_cutoff)
         self.site = Site(self.store, self.liveness, settings)
         self.subscriptions = Subscriptions(self.site, log)
@@ -11711,20 +11724,37 @@ def _connection_limit() -> int:
     )
 
 
-# ---- 16. Daemon: state files, lock, start, control routes, log ----
+# ---- 16. Daemon: one per .metaflow; state files, locks, start, stop, control routes, log ----
 #
-# Alive means: holds the flock on `lock`, for life. The lock file is never unlinked; its content is the port
-# that this root had last. `daemon.json` says where the daemon is, and is believed only if it is private to
-# us and the server on that port knows the same instance id.
+# How a command finds the daemon of a root, or starts it:
+#
+# 1. The state lies in `.metaflow/.mflocal` (ours, 0700), in `.metaflow/.mflocal-<uid>` where the first is another
+#    user's, or in a private runtime directory where .metaflow cannot be written or has no locks.
+# 2. A daemon is alive as long as it holds its locks there: one on the directory itself, which no tool that
+#    unpacks or copies files over it replaces, and one on the file `lock`, for file systems that cannot
+#    lock directories.
+# 3. `daemon.json` says where the daemon listens and which file has its secrets. That file lies outside of
+#    .metaflow: whoever packs .metaflow while the daemon lives does not pack the key.
+# 4. Before anything is sent to whoever listens there, it proves by a MAC of our nonce that it knows the
+#    secret, serves this very .metaflow and holds the lock of this very state directory.
+# 5. If nobody holds a lock: take the one on `lock`, bind and listen, spawn the daemon with lock and socket
+#    inherited, write daemon.json, let it go on. Its first clients wait in the socket's queue meanwhile.
+# 6. If somebody holds a lock and proves nothing: it starts, stops or is stuck. Wait, then say what to do.
 
-LOCK_FILE = "lock"
+LOCK_FILE = "lock"  # also holds the port that this root had last
 STATE_FILE = "daemon.json"
 LOG_FILE = "daemon.log"
 CARDS_FILE = (
     "cards.json"  # directories outside the root in which wrappers' flows have put their cards
 )
+STATE_FILES = {  # keep the state out of commits and backups
+    ".gitignore": "*\n",
+    "CACHEDIR.TAG": "Signature: 8a477f597d28d172789f06886806bc55\n# State of a running mflocal.\n",
+}
 LOGIN_SECONDS = 300.0  # s that the one-time URL of `mflocal ui` is good for
-LOCK_POLL = 0.02  # s between looks at a lock that somebody else holds
+LOCK_POLL = 0.02  # s between two tries to get a lock or an answer
+LEASE_PATIENCE = 60.0  # s that a signalled daemon serves living `run`s; systemd kills after 90
+RELOCK_TRIES = 3  # ticks for which a lock of ours may be held by somebody who only asks
 KEPT_OPTIONS = (
     "host", "idle_timeout", "allowed_hosts", "allowed_origins", "debug", "run_cutoff", "local_cutoff", "notifications",
     "links", "plugins",
@@ -11735,8 +11765,8 @@ class DaemonError(Exception):
     """The daemon cannot start, be found or be stopped: one line for the user (exit code 3)."""
 
 
-class _NoLocks(Exception):
-    """The file system under a state directory has no locks that exclude, or no private files."""
+class _Unusable(Exception):
+    """A directory cannot hold the state: not writable, no locks that exclude, no private files."""
 
 
 # -- private files --
@@ -11750,62 +11780,47 @@ def _private_dir(path: str) -> None:
         pass
     info = os.lstat(path)
     if not stat.S_ISDIR(info.st_mode):
-        raise DaemonError("%s is not a directory: move it away" % path)
+        raise DaemonError(f"{path} is not a directory: move it away")
     if info.st_uid != os.geteuid():
-        raise DaemonError(
-            "%s belongs to another user (uid %d): only that user can start a daemon for this root"
-            % (path, info.st_uid)
-        )
+        raise DaemonError(f"{path} belongs to {_user(info.st_uid)}: have it removed")
     if stat.S_IMODE(info.st_mode) != 0o700:
         os.chmod(path, 0o700)
         if stat.S_IMODE(os.lstat(path).st_mode) & 0o077:  # drvfs, vfat: modes are not kept
-            raise _NoLocks("its file system keeps no file modes")
+            raise _Unusable("its file system keeps no file modes")
 
 
 def _open_private(path: str, flags: int) -> int:
-    """open(2) of a file of ours, never through a link, mode 0600 whatever the umask. Raises OSError."""
-    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    """A descriptor of a regular file of ours, mode 0600 from here on. Raises OSError."""
+    fd = open_regular(path, flags, mode=0o600)
     info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+    if info.st_uid != os.geteuid():
         os.close(fd)
-        raise PermissionError(errno.EPERM, "not a plain file of this user", path)
-    if stat.S_IMODE(info.st_mode) != 0o600 and flags & (os.O_WRONLY | os.O_RDWR):
+        raise OSError(errno.EPERM, "it is another user's file", path)
+    if stat.S_IMODE(info.st_mode) != 0o600:  # somebody ran chmod over the project
         os.fchmod(fd, 0o600)
     return fd
 
 
-def _write_private(path: str, data: bytes) -> None:
-    """Replace a private file at once: readers see the old or the new one, never a half."""
-    temp = "%s.%s.tmp" % (path, os.urandom(6).hex())
-    fd = _open_private(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+def _read_private(path: str) -> Dict[str, Any]:
+    """The JSON object in a private file; {} if there is none, or it is half or not ours."""
     try:
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-        finally:
-            os.close(fd)
+        with open(_open_private(path, os.O_RDONLY), "rb") as file:
+            found = json.loads(file.read(MAX_STATE_FILE))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_private(path: str, record: Mapping[str, Any]) -> None:
+    """Replace a private file at once: readers see the old or the new one, never a half. Raises OSError."""
+    temp = f"{path}.{os.urandom(6).hex()}.tmp"
+    try:
+        with open(_open_private(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
+            json.dump(record, file, indent=1)
         os.replace(temp, path)
     except BaseException:
         _unlink(temp)
         raise
-
-
-def _read_private(path: str) -> Optional[bytes]:
-    """The content of a private file; None if there is none or it may be somebody else's work."""
-    try:
-        fd = _open_private(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        info = os.fstat(fd)
-        if info.st_mode & 0o077 or info.st_size > MAX_STATE_FILE:
-            return None
-        return os.read(fd, MAX_STATE_FILE)
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
 
 
 def _unlink(path: str) -> None:
@@ -11815,73 +11830,184 @@ def _unlink(path: str) -> None:
         pass
 
 
-# -- where the state is --
+def _user(uid: int) -> str:
+    import pwd
+
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
+
+
+# -- where state and secrets are --
+
+
+def _runtime_dirs(fixed_first: bool) -> List[str]:
+    """Private directories outside of .metaflow, best first.
+
+    `fixed_first` prefers those that every process of this user finds whatever is in its environment.
+    """
+    uid, env = os.geteuid(), os.environ.get
+    fixed = [f"/run/user/{uid}/mflocal", f"/tmp/mflocal-{uid}"]
+    chosen = [(env("XDG_RUNTIME_DIR", ""), "mflocal"), (env("TMPDIR", ""), f"mflocal-{uid}")]
+    named = [os.path.join(base, name) for base, name in chosen if os.path.isabs(base)]
+    return fixed + named if fixed_first else named + fixed
 
 
 def state_dirs(settings: Settings) -> Iterator[str]:
-    """The directories that may hold this root's state: its own, and the one used where that has no locks.
-
-    The second is $XDG_RUNTIME_DIR/mflocal/<hash of the root>, or one under the temporary directory.
-    """
+    """The directories that may hold this root's state: its own, then those used where that cannot."""
     yield settings.state_dir
-    # Two checksums of different kinds make 16 hex digits without importing hashlib, which costs 3 ms.
-    name = os.fsencode(os.path.realpath(settings.metaflow_dir))
-    key = "%08x%08x" % (zlib.crc32(name), zlib.adler32(name))
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if not (os.path.isabs(runtime) and os.path.isdir(runtime)):
-        runtime = os.environ.get("TMPDIR", "")
-        runtime = runtime if os.path.isdir(runtime) else "/tmp"
-        yield os.path.join(runtime, "mflocal-%d" % os.geteuid(), key)
-    else:
-        yield os.path.join(runtime, "mflocal", key)
+    place = _place(settings.metaflow_dir)
+    if place:
+        for base in _runtime_dirs(fixed_first=True):
+            yield os.path.join(base, "%x-%x" % tuple(place))
 
 
-def _make_metaflow_dir(settings: Settings) -> None:
-    """.metaflow with the user's umask, as local mode itself would make it."""
+def _place(path: Union[str, int]) -> List[int]:
+    """[device, inode] of a path or descriptor: what a copy has not in common with it; [] for one that is gone."""
     try:
-        os.makedirs(settings.metaflow_dir, exist_ok=True)
-    except OSError as error:
-        raise DaemonError("cannot make %s: %s" % (settings.metaflow_dir, error.strerror)) from None
+        info = os.stat(path)
+    except OSError:
+        return []
+    return [info.st_dev, info.st_ino]
 
 
-def _lock_in(directory: str) -> Optional[int]:
-    """Take the lock of a state directory: its descriptor, or None while somebody holds it.
+def _secret_file(directory: str, instance: str) -> str:
+    """Where the secrets of a new daemon go; those of daemons that were killed are removed there."""
+    for base in _runtime_dirs(fixed_first=False):
+        try:
+            _private_dir(base)
+            for path in (os.path.join(base, name) for name in os.listdir(base)):
+                owner = str(_read_private(path).get("directory")) if path.endswith(".json") else ""
+                if owner == directory or owner and not lock_is_held(owner):
+                    _unlink(path)
+            return os.path.join(base, f"{instance}.json")
+        except (OSError, DaemonError, _Unusable):
+            continue
+    return os.path.join(directory, "secret.json")
 
-    Raises _NoLocks where locks do not work, DaemonError where the directory cannot be used.
+
+class State:
+    """What daemon.json and the file of secrets say, checked: our own private files, with sane types.
+
+    record: as in daemon.json, with the members of the file of secrets ("token", "auth_key").
+    """
+
+    SECRETS = ("token", "auth_key")
+
+    def __init__(self, directory: str, record: Dict[str, Any]) -> None:
+        self.directory = directory
+        self.record = record
+        self.instance: str = record["instance"]  # random id of this one daemon process
+        self.token: str = record["token"]  # the control routes ask for it, proofs are made with it
+        self.pid: int = record["pid"]  # never proof of life: pids are used again
+        self.port: int = record["port"]
+        address = record["address"]  # a wildcard is none to connect to
+        self.address: str = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        self.url = f"http://{host}:{self.port}"
+
+    @property
+    def options(self) -> Dict[str, Any]:
+        """The options the daemon was started with: names and values as in Settings."""
+        found = self.record.get("options")
+        return found if isinstance(found, dict) else {}
+
+    def proof(self, nonce: str, served: List[int], locked: List[int]) -> str:
+        """What only a process that has read the token can answer to `nonce`.
+
+        served, locked: device and inode of the .metaflow that is served and of the locked directory.
+        """
+        import hmac
+
+        message = json.dumps([nonce, self.port, served, locked])
+        return hmac.new(self.token.encode(), message.encode(), "sha256").hexdigest()
+
+    def _files(self) -> Dict[str, Dict[str, Any]]:
+        """The content of each of our two files."""
+        secrets: Dict[str, Any] = {name: self.record[name] for name in self.SECRETS}
+        secrets.update(instance=self.instance, directory=self.directory)
+        public = {name: self.record[name] for name in self.record if name not in self.SECRETS}
+        return {self.record["secrets"]: secrets, os.path.join(self.directory, STATE_FILE): public}
+
+    def save(self) -> None:
+        """Write the secrets, then daemon.json. Raises OSError."""
+        if not os.path.isdir(os.path.dirname(self.record["secrets"])):  # e.g. its user logged out
+            self.record["secrets"] = _secret_file(self.directory, self.instance)
+        for path, content in self._files().items():
+            _write_private(path, content)
+
+    def is_saved(self) -> bool:
+        """Whether both files say what they should."""
+        files = json.loads(json.dumps(self._files()))
+        return all(_read_private(path) == content for path, content in files.items())
+
+    def is_ours(self) -> bool:
+        """True if daemon.json still is this instance's."""
+        path = os.path.join(self.directory, STATE_FILE)
+        return bool(_read_private(path).get("instance") == self.instance)
+
+    def remove(self) -> None:
+        """Delete daemon.json, unless it is another instance's."""
+        if self.is_ours():
+            _unlink(os.path.join(self.directory, STATE_FILE))
+
+
+def read_state(directory: str) -> Optional[State]:
+    """What daemon.json in `directory` says, or None if it is absent, half or not ours.
+
+    Raises DaemonError if it is of another version of mflocal.
     """
     try:
-        _private_dir(directory)
-        fd = _open_private(os.path.join(directory, LOCK_FILE), os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise DaemonError("cannot write in %s: %s" % (directory, error.strerror)) from None
-    try:
-        if not _flock(fd):
-            os.close(fd)
+        info = os.lstat(directory)
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
             return None
-        # Some network file systems grant every lock. A second descriptor must not get it as well.
-        other = os.open(
-            os.path.join(directory, LOCK_FILE), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        if stat.S_IMODE(info.st_mode) != 0o700:
+            os.chmod(directory, 0o700)
+    except OSError:
+        return None
+    record = _read_private(os.path.join(directory, STATE_FILE))
+    if record.get("schema", STATE_SCHEMA) != STATE_SCHEMA and lock_is_held(directory):
+        version, pid = record.get("version"), record.get("pid")
+        raise DaemonError(
+            f"a daemon of mflocal {version} (pid {pid}) has {directory}; `mflocal stop --force` ends it"
         )
-        try:
-            if not os.path.samestat(os.fstat(fd), os.fstat(other)):
-                os.close(fd)
-                return None  # the directory was replaced meanwhile: look again
-            if _flock(other):
-                raise _NoLocks("its file system grants one lock twice")
-        finally:
-            os.close(other)
-    except OSError as error:
-        os.close(fd)
-        raise _NoLocks("its file system has no locks (%s)" % error.strerror) from None
-    except _NoLocks:
-        os.close(fd)
-        raise
-    return fd
+    path = record.get("secrets")
+    secrets = _read_private(path) if isinstance(path, str) and os.path.isabs(path) else {}
+    if not record or secrets.get("instance") != record.get("instance"):
+        return None
+    record.update({name: secrets.get(name) for name in State.SECRETS})
+    kinds = {"instance": str, "token": str, "pid": int, "port": int, "address": str, "root": str}
+    if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        return None
+    return State(directory, record) if 0 < record["port"] < 65536 and record["pid"] > 0 else None
 
 
-def _flock(fd: int) -> bool:
+def read_card_roots(directory: str) -> List[str]:
+    """What cards.json names; [] when there is none of ours, or it came with a copied project."""
+    found = _read_private(os.path.join(directory, CARDS_FILE))
+    roots = found.get("roots")
+    if found.get("place") != _place(directory) or not isinstance(roots, list):
+        return []
+    return [root for root in roots if isinstance(root, str)][-MAX_CARD_ROOTS:]
+
+
+def machine() -> Dict[str, str]:
+    """What tells this machine (or container), since it was booted, from others."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        boot = read_regular("/proc/sys/kernel/random/boot_id", KIB).decode().strip()
+    except OSError:
+        boot = ""
+    return {"hostname": os.uname().nodename, "boot_id": boot}
+
+
+# -- locks --
+
+
+def _flock(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether we have the lock now. Raises OSError where there are none."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
@@ -11889,457 +12015,353 @@ def _flock(fd: int) -> bool:
     return True
 
 
-def take_lock(settings: Settings) -> Optional[Tuple[int, str]]:
-    """(lock descriptor, state directory), or None while another process holds the lock of this root.
-
-    Where the root's file system cannot lock, the private runtime directory takes its place, and a line
-    on stderr says so. Raises DaemonError.
-    """
-    own, other = state_dirs(settings)
+def _is_locked(path: str) -> bool:
+    """Whether somebody has the exclusive lock of a file or directory. Makes nothing."""
     try:
-        fd = _lock_in(own)
-        return None if fd is None else (fd, own)
-    except _NoLocks as reason:
-        try:
-            os.makedirs(os.path.dirname(other), 0o700, exist_ok=True)
-            _private_dir(os.path.dirname(other))
-            fd = _lock_in(other)
-        except (OSError, _NoLocks) as error:
-            places = (own, reason, other, error)
-            raise DaemonError("no place for a lock: %s (%s), %s (%s)" % places) from None
-        if fd is None:
-            return None
-        complain("state goes to %s, because %s cannot hold it: %s" % (other, own, reason))
-        return fd, other
-
-
-def lock_is_held(directory: str) -> bool:
-    """True while a daemon (or a start) lives in this state directory. Makes nothing."""
-    try:
-        fd = _open_private(os.path.join(directory, LOCK_FILE), os.O_RDWR)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return False
     try:
-        return not _flock(fd)
+        return not _flock(fd, fcntl.LOCK_SH)
     except OSError:
-        return False
+        return False  # no locks here
     finally:
         os.close(fd)
 
 
-# -- daemon.json --
+def lock_is_held(directory: str) -> bool:
+    """Whether a daemon, or a start, lives in this state directory. Makes nothing."""
+    return _is_locked(directory) or _is_locked(os.path.join(directory, LOCK_FILE))
 
 
-class State:
-    """What daemon.json says, checked: it is our own private file of this schema with sane types."""
-
-    __slots__ = ("directory", "record")
-
-    def __init__(self, directory: str, record: Dict[str, Any]) -> None:
-        self.directory = directory
-        self.record = record
-
-    @property
-    def instance(self) -> str:
-        """Random id of this one daemon process."""
-        return str(self.record["instance"])
-
-    @property
-    def token(self) -> str:
-        """The secret that the control routes ask for."""
-        return str(self.record["token"])
-
-    @property
-    def pid(self) -> int:
-        """Process id; never proof of life (pids are used again)."""
-        return int(self.record["pid"])
-
-    @property
-    def port(self) -> int:
-        """TCP port."""
-        return int(self.record["port"])
-
-    @property
-    def options(self) -> Dict[str, Any]:
-        """The options the daemon was started with: names and values as in Settings."""
-        found = self.record.get("options")
-        if isinstance(found, str):
-            found = self.record["options"] = _from_json(found)
-        return found if isinstance(found, dict) else {}
-
-    @property
-    def address(self) -> str:
-        """The host to connect to: loopback unless the daemon listens on one other address only."""
-        host = str(self.record["host"])
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-    @property
-    def url(self) -> str:
-        """Built from the port, not read from a file."""
-        host = self.address
-        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.port)
-
-    def save(self) -> None:
-        """Write daemon.json, a member on each line, for _members(). Raises OSError."""
-        members = [
-            " %s: %s" % (json.dumps(name), json.dumps(value)) for name, value in self.record.items()
-        ]
-        data = ("{\n%s\n}\n" % ",\n".join(members)).encode()
-        _write_private(os.path.join(self.directory, STATE_FILE), data)
-
-    def is_ours(self) -> bool:
-        """True if daemon.json still is this instance's."""
-        found = read_state(self.directory)
-        return found is not None and found.instance == self.instance
-
-    def remove(self) -> None:
-        """Delete daemon.json unless it belongs to a successor."""
-        if self.is_ours():
-            _unlink(os.path.join(self.directory, STATE_FILE))
-
-
-def _from_json(text: str) -> Any:
+def _lock_file(directory: str) -> Optional[int]:
+    """Take the lock on `lock`: its descriptor, or None while somebody has it. Raises _Unusable, DaemonError."""
+    path = os.path.join(directory, LOCK_FILE)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+        _private_dir(directory)
+        for name, text in STATE_FILES.items():
+            if not os.path.lexists(os.path.join(directory, name)):
+                with open(os.path.join(directory, name), "x", opener=_open_private) as file:
+                    file.write(text)
+        fd = _open_private(path, os.O_RDWR | os.O_CREAT)
+    except FileExistsError:
+        return None  # another start is at the same point
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES):
+            raise _Unusable(f"cannot write: {error.strerror}") from None
+        raise DaemonError(f"cannot write in {directory}: {error.strerror}") from None
+    try:
+        # Another inode has the name if the file was replaced meanwhile: look again.
+        if _flock(fd) and os.path.samestat(os.fstat(fd), os.stat(path)):
+            if _is_locked(path):
+                return fd
+            raise _Unusable(
+                "its file system grants one lock twice"
+            )  # as some network file systems do
+    except OSError as error:
+        raise _Unusable(f"its file system has no locks ({error.strerror})") from None
+    os.close(fd)
+    return None
 
 
-def _members(text: str) -> Optional[Dict[str, Any]]:
-    """daemon.json read without `json`, which takes as long to load as all else that `run` does.
+def lock_directory(directory: str) -> Optional[int]:
+    """A descriptor of the state directory with its lock, if there are such locks; None if another has it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    deadline = time.monotonic() + 1.0
+    try:
+        while not _flock(fd):  # those who only ask have it for a moment
+            if time.monotonic() > deadline:
+                os.close(fd)
+                return None
+            time.sleep(LOCK_POLL)
+    except OSError:
+        pass  # NFS: the lock on the file must do
+    return fd
 
-    "options" stays JSON text, see State. None for what is not as simple as save() writes it mostly.
+
+def take_lock(settings: Settings) -> Optional[Tuple[int, str]]:
+    """(descriptor of `lock`, state directory), or None while another process lives there.
+
+    Where the root cannot hold the state, a private runtime directory takes its place, and a line on stderr
+    says so. Raises DaemonError.
     """
-    lines = text.split("\n")
-    if lines[0] != "{" or lines[-2:] != ["}", ""] or "\\" in text:
-        return None
-    record: Dict[str, Any] = {}
-    try:
-        for line in lines[1:-2]:
-            name, _, value = line.strip().rstrip(",").partition(": ")
-            name = name.strip('"')
-            if value[:1] == '"' == value[-1:]:
-                record[name] = value[1:-1]
-            elif value[:1] == "[":
-                record[name] = [int(number) for number in value[1:-1].split(", ")]
-            elif name == "options":
-                record[name] = value
-            elif value == "null":
-                record[name] = None
-            else:
-                record[name] = float(value) if "." in value else int(value)
-    except ValueError:
-        return None
-    return record
+    reason = ""
+    for directory in state_dirs(settings):
+        try:
+            if reason:
+                _private_dir(os.path.dirname(directory))
+            fd = _lock_file(directory)
+        except (OSError, _Unusable) as error:
+            reason = reason or f"{directory}: {error}"
+            continue
+        if fd is None or _is_locked(directory):
+            if fd is not None:
+                os.close(fd)
+            return None
+        if reason:
+            complain(f"state goes to {directory}, because of {reason}")
+        elif foreign_daemon(settings):
+            os.close(fd)
+            raise DaemonError(foreign_daemon(settings))
+        return fd, directory
+    raise DaemonError(f"no place for the state of a daemon: {reason}")
 
 
-def read_state(directory: str) -> Optional[State]:
-    """What daemon.json in `directory` says, or None if it is absent, half, foreign or from elsewhere."""
-    try:
-        info = os.lstat(directory)
-    except OSError:
-        return None
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
-        return None
-    data = _read_private(os.path.join(directory, STATE_FILE))
-    if data is None:
-        return None
-    text = data.decode("utf-8", "replace")
-    record = _members(text) or _from_json(text)
-    kinds = {"instance": str, "token": str, "pid": int, "port": int, "host": str, "root": str}
-    if not isinstance(record, dict) or record.get("schema") != STATE_SCHEMA:
-        return None
-    if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
-        return None
-    return State(directory, record) if 0 < record["port"] < 65536 and record["pid"] > 0 else None
+def foreign_daemon(settings: Settings) -> str:
+    """A line that says whose daemon serves this root, if another user's does; else "".
 
-
-def host_name() -> str:
-    """This machine's (or container's) name."""
-    return os.uname().nodename
-
-
-def boot_id() -> str:
-    """Changes with every boot; "" where the system has none."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-            return file.read().strip().decode("latin-1")
-    except OSError:
-        return ""
-
-
-def process_birth(pid: int) -> str:
-    """When the process `pid` was started, in the system's own words; "" if it cannot be known.
-
-    With the pid it names one process: pids are used again.
+    Their state directories are closed to us, but /proc/locks tells which inodes are locked. Where there is
+    no such file, nothing is known.
     """
     try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            return file.read().rpartition(b")")[2].split()[19].decode("ascii")
-    except (OSError, IndexError, ValueError):
-        return ""
-
-
-def _place(directory: str) -> List[int]:
-    """What a copy of a directory has not in common with it; [] for one that is gone."""
-    try:
-        info = os.stat(directory)
+        with open("/proc/locks") as file:
+            locks = [line.split() for line in file if "FLOCK  ADVISORY  WRITE" in line]
+        names = [name for name in os.listdir(settings.metaflow_dir) if name.startswith(STATE_DIR)]
     except OSError:
-        return []
-    return [info.st_dev, info.st_ino]
+        return ""
+    for name in names:
+        info = os.lstat(os.path.join(settings.metaflow_dir, name))
+        if info.st_uid == os.geteuid() or not stat.S_ISDIR(info.st_mode):
+            continue
+        major, minor = os.major(info.st_dev), os.minor(info.st_dev)
+        for words in locks:
+            device, _, inode = words[5].rpartition(":")
+            # A device without major number (btrfs, overlay) may have another number here.
+            if inode == str(info.st_ino) and (device == f"{major:02x}:{minor:02x}" or not major):
+                who = f"a daemon of {_user(info.st_uid)} (pid {words[4]})"
+                return f"{who} serves {settings.root}: only that user can use or stop it"
+    return ""
 
 
-def _stale(state: State) -> bool:
-    """True if the file is from before the last boot, from another machine, or came here with a copied project."""
-    copied = state.record.get("place") != _place(state.directory)
-    return copied or boot_id() not in ("", state.record.get("boot_id"))
+def lock_holders(directory: str) -> List[int]:
+    """The processes that hold a lock of this state directory, as far as we may know them."""
+    paths = [directory, os.path.join(directory, LOCK_FILE)]
+    if not os.path.isdir("/proc/self/fdinfo"):
+        import subprocess
 
-
-def _elsewhere(state: State) -> bool:
-    """True if it may be another machine's or container's. No proof: laptops change their names."""
-    return _stale(state) or state.record.get("hostname") != host_name()
-
-
-def read_card_roots(directory: str) -> List[str]:
-    """What cards.json in a state directory names; [] when there is none of ours, or it came with a copied project."""
-    try:
-        with open(_open_private(os.path.join(directory, CARDS_FILE), os.O_RDONLY), "rb") as file:
-            found = json.loads(file.read(MAX_STATE_FILE))
-    except (OSError, ValueError, RecursionError):
-        return []
-    if (
-        not isinstance(found, dict)
-        or found.get("place") != _place(directory)
-        or not isinstance(found.get("roots"), list)
-    ):
-        return []
-    return [root for root in found["roots"] if isinstance(root, str)][-MAX_CARD_ROOTS:]
+        told = subprocess.run(["lsof", "-t", *paths], stdout=subprocess.PIPE).stdout
+        return [int(word) for word in told.split() if int(word) != os.getpid()]
+    places = [_place(path) for path in paths]
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                if _place(f"/proc/{pid}/fd/{fd}") in places:
+                    with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+                        if " FLOCK " in file.read():
+                            found.append(int(pid))
+        except OSError:
+            continue  # it has gone, or is not ours
+    return [pid for pid in found if pid != os.getpid()]
 
 
 # -- talking to a daemon --
 
 
 class Link:
-    """One keep-alive HTTP connection to a daemon. urllib and http.client cost 30 ms to import; this none."""
+    """One keep-alive HTTP connection to a daemon. http.client takes 20 ms to import; this nothing."""
 
     def __init__(self, state: State, timeout: float = CONTROL_TIMEOUT) -> None:
         """Connect. Raises OSError."""
         self._state = state
-        self._rest = b""  # of an answer after the one that was read
         self.due = 0  # answers not read yet
-        family = socket.AF_INET6 if ":" in state.address else socket.AF_INET
-        self.sock = socket.socket(
-            family, socket.SOCK_STREAM
-        )  # `socket` around it takes 5 ms to load
-        try:
-            self.sock.settimeout(timeout)
-            self.sock.connect((state.address, state.port))
-        except BaseException:
-            self.sock.close()
-            raise
+        self.sock = socket.create_connection((state.address, state.port), timeout)
+        self._file = self.sock.makefile("rb")
 
-    def send(self, method: str, path: str, data: bytes = b"", secret: bool = True) -> None:
+    def send(self, method: str, path: str, body: Any = None, secret: bool = True) -> None:
         """Send one request with a body of JSON; `secret` adds the control token. Raises OSError."""
+        data = b"" if body is None else json.dumps(body).encode()
         host = self._state.url[len("http://") :]
-        lines = [
-            "%s %s HTTP/1.1" % (method, path),
-            "host: " + host,
-            "content-length: %d" % len(data),
-        ]
-        if data:
-            lines.append("content-type: application/json")
-        if secret:
-            lines.append("x-mflocal-token: " + self._state.token)
+        lines = [f"{method} {path} HTTP/1.1", f"host: {host}", f"content-length: {len(data)}"]
+        lines += ["content-type: application/json"] * bool(data)
+        lines += [f"x-mflocal-token: {self._state.token}"] * secret
         self.sock.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + data)
         self.due += 1
 
-    def receive(self) -> Tuple[int, bytes]:
-        """(status, body) of the next answer. Raises OSError, ValueError and IndexError for what is not one."""
-        data = self._rest
-        while b"\r\n\r\n" not in data:
-            part = self.sock.recv(65536)
-            if not part or len(data) > MAX_HEADER_BYTES:
-                raise ConnectionError("the daemon closed the connection")
-            data += part
-        head, _, body = data.partition(b"\r\n\r\n")
-        lines = head.decode("latin-1").split("\r\n")
-        length = 0
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            if name.lower() == "content-length":
+    def receive(self) -> Tuple[int, Any]:
+        """(status, what its JSON holds) of the next answer. Raises OSError, and ValueError for what is none."""
+        status, length = self._file.readline(MAX_LINE)[9:12], 0
+        while True:
+            name, colon, value = self._file.readline(MAX_LINE).partition(b":")
+            if name.lower() == b"content-length":
                 length = min(int(value), MAX_BODY)
-        while len(body) < length:
-            part = self.sock.recv(65536)
-            if not part:
-                raise ConnectionError("the daemon closed the connection")
-            body += part
-        body, self._rest = body[:length], body[length:]
+            if not colon:
+                break
+        body = self._file.read(length)
+        if not status or len(body) < length:
+            raise ConnectionError("the daemon closed the connection")
         self.due -= 1
-        return int(lines[0].split(" ")[1]), body
+        return int(status), json.loads(body) if body else None
 
     def ask(self, method: str, path: str, body: Any = None) -> Tuple[int, Any]:
         """(status, what its JSON holds) of the answer to a request. Raises as receive()."""
-        self.send(method, path, b"" if body is None else json.dumps(body).encode())
-        status, data = self.receive()
-        return status, json.loads(data) if data else None
+        self.send(method, path, body)
+        return self.receive()
 
     def close(self) -> None:
         """Close the connection."""
+        self._file.close()
         self.sock.close()
 
 
-def open_link(state: State) -> Optional[Link]:
-    """A connection to the daemon of `state`, after it has proved to be that daemon; None if it is not there.
+def _prove(settings: Settings, link: Link, state: State, use: bool = False) -> bool:
+    """Whether the other end of `link` is the daemon of `state` and serves this very .metaflow.
 
-    The token is only ever sent to a server that knows the instance id from our private file.
+    `use` announces a user: the daemon does not idle out between this answer and the lease.
     """
-    if _stale(state):
-        return None
+    import hmac
+
+    nonce = os.urandom(16).hex()
     try:
-        link = Link(state)
-    except OSError:
-        return None
-    try:
-        link.send("GET", "/_mflocal/id", secret=False)
+        link.send("GET", f"/_mflocal/id?nonce={nonce}{'&use=1' * use}", secret=False)
         status, body = link.receive()
-        if status == 200 and b'"%b"' % state.instance.encode() in body:
-            return link
-    except (OSError, ValueError, IndexError):
-        pass
-    link.close()
-    return None
+        wanted = state.proof(nonce, _place(settings.metaflow_dir), _place(state.directory))
+        return status == 200 and hmac.compare_digest(str(body["proof"]).encode(), wanted.encode())
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
-def find_daemon(settings: Settings) -> Optional[Tuple[State, Link]]:
-    """The running daemon of this root and an open connection to it, or None. Creates nothing."""
-    for directory in state_dirs(settings):
-        state = read_state(directory)
-        link = open_link(state) if state else None
-        if state and link:
-            return state, link
-    return None
+def find_daemon(
+    settings: Settings, use: bool = False, patience: float = CONTROL_TIMEOUT
+) -> Optional[Tuple[State, Link]]:
+    """The running daemon of this root and an open connection to it; None if none runs. Creates nothing.
+
+    Waits for one that starts or stops. Raises DaemonError for one that does not answer for `patience` s;
+    with 0 it looks once and does not wait.
+    """
+    began = time.monotonic()
+    while True:
+        held = next((path for path in state_dirs(settings) if lock_is_held(path)), None)
+        if held is None:
+            return None
+        state = read_state(held)
+        try:
+            if state:
+                link = Link(state)
+                if _prove(settings, link, state, use):
+                    return state, link
+                link.close()
+        except OSError:
+            pass
+        record = _read_private(os.path.join(held, STATE_FILE))
+        quick = record.get("state") == "ready" or not patience
+        limit = patience if quick else START_TIMEOUT + DRAIN_TIMEOUT
+        if time.monotonic() - began > limit:
+            if record and not machine().items() <= record.items():
+                host = record.get("hostname")
+                raise DaemonError(f"a daemon on host {host} has {held}: stop it there")
+            raise DaemonError(
+                f"the daemon of {settings.root} (pid {record.get('pid')}) does not answer; "
+                "end it with `mflocal stop --force`"
+            )
+        time.sleep(LOCK_POLL)
+
+
+def none_runs(settings: Settings) -> str:
+    """The line for a user who wants a daemon where none of his runs."""
+    return foreign_daemon(settings) or f"no daemon runs for {settings.root}"
 
 
 # -- starting --
 
 
 class Running(NamedTuple):
-    """A daemon to use. how: "started" (by us) or "reused"; link: None while it still starts;
-    ready_fd: the pipe on which a daemon started by us reports, see wait_ready()."""
+    """A daemon to use, with an open connection to it. how: "started" (by us) or "reused".
+    ready_fd: the pipe on which a daemon started by us reports, see wait_ready(); -1 once it has."""
 
     state: State
     how: str
-    link: Optional[Link] = None
+    link: Link
     ready_fd: int = -1
+
+
+def _make_metaflow_dir(settings: Settings) -> None:
+    """With the user's umask, as local mode itself would make it."""
+    try:
+        os.makedirs(settings.metaflow_dir, exist_ok=True)
+    except OSError as error:
+        raise DaemonError(f"cannot make {settings.metaflow_dir}: {error.strerror}") from None
 
 
 def ensure(settings: Settings, last_port: int = 0) -> Running:
     """The daemon of this root: the one that runs, or a new one. Of many callers at once one starts it.
 
-    A started daemon need not be ready: connections to it queue until it is. `last_port` is the port to
-    insist on (a flow has its URL frozen in); else settings.port, else the port this root had last, else
-    any. Raises DaemonError.
+    A started daemon need not be ready: what is sent on its connection waits until it is. `last_port` is the
+    port to insist on (a flow has its URL frozen in); else settings.port, else the port this root had last,
+    else any. Raises DaemonError.
     """
-    deadline = time.monotonic() + START_TIMEOUT + DRAIN_TIMEOUT
     _make_metaflow_dir(settings)
     while True:
-        found = find_daemon(settings)
+        found = find_daemon(settings, use=True, patience=START_TIMEOUT)
         if found:
-            return Running(found[0], "reused", link=found[1])
+            _compare_programs(found[0])
+            return Running(found[0], "reused", found[1])
         taken = take_lock(settings)
         if taken:
             try:
                 return _launch(settings, taken[0], taken[1], last_port)
             finally:
                 os.close(taken[0])
-        if time.monotonic() > deadline:
-            raise DaemonError(who_holds(settings))
         time.sleep(LOCK_POLL)
 
 
-def who_holds(settings: Settings) -> str:
-    """Why there is no daemon to use although somebody holds the lock: the line for the user."""
-    for directory in state_dirs(settings):
-        state = read_state(directory)
-        if state and _elsewhere(state):
-            where = state.record.get("hostname")
-            return "a daemon on host %s serves %s already (see %s)" % (
-                where,
-                settings.root,
-                directory,
-            )
-        if state:
-            return (
-                "the daemon of %s (pid %d) does not answer; end it with `mflocal stop --force`"
-                % (
-                    settings.root,
-                    state.pid,
-                )
-            )
-    return "another process holds the lock in %s but no daemon answers" % settings.state_dir
-
-
-def _last_port(lock_fd: int) -> int:
-    try:
-        text = os.pread(lock_fd, 16, 0).decode("ascii").strip()
-    except (OSError, ValueError):
-        return 0
-    return int(text) if text.isdigit() and 0 < int(text) < 65536 else 0
+def _compare_programs(state: State) -> None:
+    """Say so if the running daemon is of another version, or its Python has been deleted."""
+    version, python = state.record.get("version"), str(state.record.get("python"))
+    if version != VERSION:
+        complain(f"the running daemon is mflocal {version}, this is {VERSION}: `mflocal restart`")
+    elif not os.path.exists(python):
+        complain(f"the Python of the running daemon is gone ({python}): `mflocal restart`")
 
 
 def listen(settings: Settings, lock_fd: int, last_port: int = 0) -> socket.socket:
     """A listening socket by the rules of ensure(). Notes the port in the lock file. Raises DaemonError."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     firm = last_port or settings.port
-    last = 0 if firm else _last_port(lock_fd)
-    wishes = [firm] if firm else [last, 0] if last else [0]
-    for port in wishes:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+    text = os.pread(lock_fd, 16, 0).strip()
+    last = int(text) if text.isdigit() and int(text) < 65536 and not firm else 0
+    for port in [firm] if firm else [last, 0] if last else [0]:
         try:
-            # Without it a port would stay unusable for a minute after its daemon went (TIME_WAIT).
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((settings.host, port))
-            sock.listen(BACKLOG)
+            found = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0]
+            # It sets SO_REUSEADDR: else a port would be unusable for a minute after its daemon went.
+            sock = socket.create_server(found[4][:2], family=found[0], backlog=BACKLOG)
+            break
         except OSError as error:
-            sock.close()
-            if port == 0 or firm:
-                raise DaemonError(_bind_problem(settings.host, port, error)) from None
-            continue
-        try:
-            os.pwrite(lock_fd, b"%-6d\n" % sock.getsockname()[1], 0)
-        except OSError:
-            pass  # only a wish for the next start
-        return sock
-    raise DaemonError("no free port on %s" % settings.host)
+            problem = f"cannot listen on {settings.host} port {port}: {error.strerror or error}"
+            if error.errno == errno.EADDRINUSE:
+                taken = f"port {port} on {settings.host} is taken by another program"
+                problem = f"{taken} (--port 0 takes a free one)"
+    else:
+        raise DaemonError(problem)
+    try:
+        os.pwrite(lock_fd, b"%-6d\n" % sock.getsockname()[1], 0)
+    except OSError:
+        pass  # only a wish for the next start
+    return sock
 
 
-def _bind_problem(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "port %d on %s is taken by another program (--port 0 takes a free one)" % (
-            port,
-            host,
-        )
-    return "cannot listen on %s port %d: %s" % (host, port, error.strerror or error)
-
-
-def new_state(settings: Settings, directory: str, port: int, pid: int) -> State:
+def new_state(settings: Settings, directory: str, sock: socket.socket, pid: int) -> State:
     """The state of a daemon about to start."""
+    for name in os.listdir(directory):
+        if name.endswith(".tmp"):  # what a start killed half-way left behind
+            _unlink(os.path.join(directory, name))
+    instance = os.urandom(16).hex()
+    address, port = sock.getsockname()[:2]
     record: Dict[str, Any] = {
         "schema": STATE_SCHEMA,
-        "instance": os.urandom(16).hex(),
+        "instance": instance,
         "token": os.urandom(24).hex(),
+        "auth_key": settings.auth_key,
+        "secrets": _secret_file(directory, instance),
         "pid": pid,
-        "birth": process_birth(pid),
         "port": port,
         "host": settings.host,
+        "address": address,
         "root": settings.root,
         "started_at": round(time.time(), 3),
         "version": VERSION,
-        "hostname": host_name(),
-        "boot_id": boot_id(),
-        "place": _place(directory),
+        "python": sys.executable,
+        **machine(),
         "state": "starting",
-        "auth_key": settings.auth_key,
         "ui": settings.ui_bundle,
         "options": {name: getattr(settings, name) for name in KEPT_OPTIONS},
     }
@@ -12349,93 +12371,61 @@ def new_state(settings: Settings, directory: str, port: int, pid: int) -> State:
 def _launch(settings: Settings, lock_fd: int, directory: str, last_port: int) -> Running:
     """Bind, listen, spawn the daemon, write daemon.json, let it go on. We hold the lock."""
     sock = listen(settings, lock_fd, last_port)
-    ready_r, ready_w = os.pipe()
-    config_r, config_w = os.pipe()
-    log_fd = -1
+    fds = [*os.pipe(), *os.pipe()]
+    ready_r, ready_w, config_r, config_w = fds
     try:
-        _sweep(directory)
-        log_fd = _open_private(
-            os.path.join(directory, LOG_FILE), os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        )
+        log = os.path.join(directory, LOG_FILE)
+        fds.append(_open_private(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
         keep = (lock_fd, sock.fileno(), ready_w)
-        pid = _spawn(settings.root, config_r, log_fd, keep)
-        state = new_state(settings, directory, sock.getsockname()[1], pid)
+        state = new_state(settings, directory, sock, _spawn(settings.root, config_r, fds[-1], keep))
         state.save()
+        # Our own socket still listens: this connection can only be to it, and needs no proof.
+        link = Link(state)
         config = {
-            "settings": _plain(settings),
+            "settings": {**settings._asdict(), "asked": sorted(settings.asked)},
             "state": state.record,
             "directory": directory,
             "fds": keep,
         }
-        # The daemon waits for these bytes: if we die before, it reads an empty pipe and leaves.
+        # The daemon waits for these bytes: if we die before, it reads an empty pipe and ends.
         os.write(config_w, json.dumps(config).encode())
-        result, ready_r = Running(state, "started", ready_fd=ready_r), -1
-        return result
+        fds.remove(ready_r)
+        return Running(state, "started", link, ready_r)
     except OSError as error:
-        raise DaemonError(
-            "cannot start the daemon in %s: %s" % (directory, error.strerror)
-        ) from None
+        reason = error.strerror or str(error)
+        raise DaemonError(f"cannot start the daemon in {directory}: {reason}") from None
     finally:
         sock.close()
-        for fd in (ready_r, ready_w, config_r, config_w, log_fd):
-            if fd >= 0:
-                os.close(fd)
-
-
-def _sweep(directory: str) -> None:
-    """Remove what a start killed half-way left behind. We hold the lock."""
-    for name in os.listdir(directory):
-        if name.endswith(".tmp"):
-            _unlink(os.path.join(directory, name))
-
-
-def _plain(settings: Settings) -> Dict[str, Any]:
-    return {**settings._asdict(), "asked": sorted(settings.asked)}
+        for fd in fds:
+            os.close(fd)
 
 
 def _spawn(root: str, stdin: int, log: int, keep: Tuple[int, ...]) -> int:
-    """Start the daemon process by exec: own session, no client settings, no descriptor but its own."""
+    """Start the daemon process: own session, no client settings, no descriptor but its own. Returns the pid."""
+    import subprocess
+
     if not sys.executable:
         raise DaemonError("this Python does not know its own executable (sys.executable is empty)")
-    here = os.path.realpath(
-        __file__
-    )  # a link to this file may have any name, and no module beside it
+    # A link to this file may have any name, and no module beside it.
+    here = os.path.realpath(__file__)
     name, kind = os.path.splitext(os.path.basename(here))
+    folder, archive = os.path.dirname(here), os.path.abspath(sys.argv[0] or ".")
+    if not os.path.exists(here) and os.path.isfile(archive):  # the .pyz's cache was tidied up
+        folder = os.path.join(archive, "site-packages")
     # Importing by name uses the cached bytecode, which running the file would not. The module's folder goes
     # last: in a site-packages nothing may come before the standard library.
-    code = "import sys; sys.path.append(%r); import %s as m; sys.exit(m.daemon_main())" % (
-        os.path.dirname(here),
-        name,
-    )
-    if (
-        kind not in (".py", ".pyc") or not name.isidentifier()
-    ):  # a copy that is no module by its name
-        code = (
-            "import runpy, sys; m = runpy.run_path(%r, run_name='mflocal'); sys.exit(m['daemon_main']())"
-            % here
-        )
+    code = f"import sys; sys.path.append({folder!r}); import {name} as m; m.daemon_main()"
+    if kind not in (".py", ".pyc") or not name.isidentifier():  # no module by its name
+        code = f"import runpy; runpy.run_path({here!r}, run_name='mflocal')['daemon_main']()"
     command = [sys.executable, "-s" if "PYTHONHOME" in os.environ else "-I", "-S"]
-    command += ["-X", "utf8=%d" % sys.flags.utf8_mode, "-c", code]
-    command += ["mflocal daemon", root]
+    command += ["-X", f"utf8={sys.flags.utf8_mode}", "-c", code, "mflocal daemon", root]
     scrubbed = ("METAFLOW_", "PYTHON", "SHIV_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(scrubbed) or k == "PYTHONHOME"}
-    actions = [
-        (os.POSIX_SPAWN_DUP2, stdin, 0),
-        (os.POSIX_SPAWN_DUP2, log, 1),
-        (os.POSIX_SPAWN_DUP2, log, 2),
-    ]
-    plain = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD)
-    for fd in keep:
-        os.set_inheritable(fd, True)
-    try:
-        options: Dict[str, Any] = {"file_actions": actions, "setsigdef": plain, "setsigmask": ()}
-        try:
-            return os.posix_spawn(sys.executable, command, env, setsid=True, **options)
-        except NotImplementedError:  # old libc: the daemon leaves our session itself a little later
-            return os.posix_spawn(sys.executable, command, env, **options)
-    finally:
-        for fd in keep:
-            os.set_inheritable(fd, False)
+    process = subprocess.Popen(
+        command, stdin=stdin, stdout=log, stderr=log, env=env, pass_fds=keep, start_new_session=True
+    )
+    process.returncode = 0  # not waited for: it outlives us, and whoever stays reaps it by its pid
+    return process.pid
 
 
 def read_ready(fd: int) -> Optional[str]:
@@ -12443,15 +12433,8 @@ def read_ready(fd: int) -> Optional[str]:
 
     NO_REPORT: it was killed before it could say.
     """
-    data = b""
-    try:
-        while not data.endswith(b"\n"):
-            part = os.read(fd, 4096)
-            if not part:
-                break
-            data += part
-    finally:
-        os.close(fd)
+    with open(fd, "rb") as pipe:
+        data = pipe.readline()
     try:
         report = json.loads(data)
         return None if report.get("ready") else str(report.get("error"))
@@ -12459,41 +12442,40 @@ def read_ready(fd: int) -> Optional[str]:
         return NO_REPORT
 
 
-def wait_ready(running: Running) -> Running:
-    """The same daemon, with a connection to it, once it answers. Raises DaemonError with its reason."""
-    if running.link:
+def wait_ready(settings: Settings, running: Running) -> Running:
+    """The same daemon, once it answers. Raises DaemonError with its reason."""
+    if running.ready_fd < 0:
         return running
+    state = running.state
     poll = select.poll()
     poll.register(running.ready_fd, select.POLLIN)
     if not poll.poll(START_TIMEOUT * 1000):
         os.close(running.ready_fd)
-        raise DaemonError(
-            "the daemon (pid %d) is not ready after %d s" % (running.state.pid, START_TIMEOUT)
-        )
+        raise DaemonError(f"the daemon (pid {state.pid}) is not ready after {START_TIMEOUT:.0f} s")
     problem = read_ready(running.ready_fd)
+    if not problem and not _prove(settings, running.link, state, use=True):
+        problem = "it went away at once"
     if problem:
-        wait_gone(running.state, CONTROL_TIMEOUT)  # so that whoever tries again does not meet it
-        raise DaemonError(start_problem(running.state, problem))
-    link = open_link(running.state)
-    if not link:
-        raise DaemonError(start_problem(running.state, "it went away at once"))
-    return running._replace(link=link, ready_fd=-1)
+        wait_gone(state, CONTROL_TIMEOUT)  # so that whoever tries again does not meet it
+        raise DaemonError(start_problem(state, problem))
+    return running._replace(ready_fd=-1)
 
 
 def start_problem(state: State, problem: str) -> str:
     """The line that tells a user why a daemon did not start."""
-    return "the daemon could not start: %s (see %s)" % (
-        problem,
-        os.path.join(state.directory, LOG_FILE),
-    )
+    log = os.path.join(state.directory, LOG_FILE)
+    return f"the daemon could not start: {problem} (see {log})"
+
+
+# -- stopping --
 
 
 def wait_gone(state: State, seconds: float) -> bool:
-    """Wait until the daemon of `state` has let its lock go; False if it has not after `seconds`."""
+    """Wait until the daemon of `state` has let its locks go; False if it has not after `seconds`."""
     deadline = time.monotonic() + seconds
     while lock_is_held(state.directory):
-        current = read_state(state.directory)
-        if current and current.instance != state.instance:
+        current = _read_private(os.path.join(state.directory, STATE_FILE)).get("instance")
+        if current not in (None, state.instance):
             return True  # a successor holds the lock
         if time.monotonic() > deadline:
             return False
@@ -12501,16 +12483,59 @@ def wait_gone(state: State, seconds: float) -> bool:
     return True
 
 
-def kill_daemon(state: State) -> bool:
-    """SIGKILL for a daemon that does not answer, if its pid provably still is that process."""
-    birth = state.record.get("birth")
-    if _elsewhere(state) or not birth or process_birth(state.pid) != birth:
-        return False
+class Stopped(NamedTuple):
+    """What came of a stop. state: the daemon in question; refused: the active runs that keep it alive."""
+
+    state: Optional[State]
+    refused: List[Dict[str, Any]]
+    killed: Tuple[int, ...] = ()
+
+
+def stop_daemon(settings: Settings, force: bool) -> Optional[Stopped]:
+    """Stop the daemon of a root and wait for its end; None if none runs. Raises DaemonError.
+
+    `force` stops it whatever it is doing, and kills what holds the lock whatever it answers.
+    """
+    lived = any(lock_is_held(directory) for directory in state_dirs(settings))
+    state: Optional[State] = None
     try:
-        os.kill(state.pid, signal.SIGKILL)
-    except OSError:
-        return False
-    return True
+        found = find_daemon(settings)
+        if not found:
+            return Stopped(None, []) if lived else None  # it was stopping already
+        state, link = found
+        status, body = link.ask("POST", "/_mflocal/stop", {"force": force})
+        link.close()
+        if status == 409 and not force:
+            return Stopped(state, body["active_runs"])
+        if status != 200:
+            raise DaemonError(f"the daemon (pid {state.pid}) answered {status}: {body}")
+        if not wait_gone(state, DRAIN_TIMEOUT + CONTROL_TIMEOUT):
+            raise DaemonError(f"the daemon (pid {state.pid}) is still draining")
+        return Stopped(state, [])
+    except (DaemonError, OSError, ValueError, LookupError, TypeError) as error:
+        if not force:
+            hint = "" if "--force" in str(error) else "; `mflocal stop --force` ends it"
+            raise DaemonError(f"{error}{hint}") from None
+    return Stopped(state, [], _kill_holders(settings))
+
+
+def _kill_holders(settings: Settings) -> Tuple[int, ...]:
+    """SIGKILL for whatever holds the locks of this root."""
+    killed: List[int] = []
+    for directory in filter(lock_is_held, list(state_dirs(settings))):
+        pids = lock_holders(directory)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + CONTROL_TIMEOUT
+        while lock_is_held(directory):
+            if time.monotonic() > deadline:
+                raise DaemonError(
+                    f"cannot find what holds the lock in {directory}; `fuser -k {directory}` may"
+                )
+            time.sleep(LOCK_POLL)
+        _unlink(os.path.join(directory, STATE_FILE))
+        killed += pids
+    return tuple(killed)
 
 
 def complain(text: str) -> None:
@@ -12534,15 +12559,16 @@ class Log:
     def __init__(self, path: Optional[str]) -> None:
         self._path = path
         self._size = 0
-        if path:
-            self._open(path)
+        self.reopen()
 
-    def _open(self, path: str) -> None:
-        fd = _open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._size = os.fstat(fd).st_size
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        os.close(fd)
+    def reopen(self) -> None:
+        """Write to the file that has our name now."""
+        if self._path:
+            fd = _open_private(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            self._size = os.fstat(fd).st_size
+            os.dup2(fd, 1)
+            os.dup2(fd, 2)
+            os.close(fd)
 
     def __call__(self, text: str) -> None:
         """Write `text` as one line. Never raises: a full disk must not stop the daemon."""
@@ -12553,49 +12579,25 @@ class Log:
         try:
             if self._path and self._size + len(data) > LOG_BYTES:
                 os.replace(self._path, self._path + ".1")
-                self._open(self._path)
+                self.reopen()
             os.write(2, data)
-            self._size += len(data)
         except OSError:
-            self._size += len(data)
+            pass
+        self._size += len(data)
 
 
-def _close_all_but(keep: Tuple[int, ...]) -> None:
-    """Close every descriptor above 2 that is not ours.
-
-    Whoever started us may have pipes that others read to their end: a CI step would hang on them.
-    """
-    try:
-        fds = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:
-        fds = list(range(3, 1024))
-    for fd in fds:
-        if fd > 2 and fd not in keep:
-            try:
-                os.close(fd)
-            except OSError:
-                pass
-
-
-def daemon_main() -> int:
+def daemon_main() -> NoReturn:
     """The spawned process: read what the starter hands over on descriptor 0, then serve until stopped."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        os.setsid()
-    except OSError:
-        pass  # posix_spawn has done it
-    data = b""
-    while True:
-        part = os.read(0, 65536)
-        if not part:
-            break
-        data += part
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever the caller had
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with open(0, "rb", closefd=False) as pipe:
+        data = pipe.read()
     if not data:
-        return 0  # the starter died: somebody else will start a daemon
+        os._exit(0)  # the starter died: somebody else will start a daemon
     config = json.loads(data)
     lock_fd, sock_fd, ready_fd = config["fds"]
-    _close_all_but((lock_fd, sock_fd, ready_fd))
-    for fd in (lock_fd, sock_fd, ready_fd):
+    for fd in config["fds"]:
         os.set_inheritable(fd, False)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -12616,33 +12618,36 @@ def daemon_main() -> int:
             pass  # the starter did not wait for it
 
     log = Log(os.path.join(state.directory, LOG_FILE))
-    return Host(settings, state, log, report).run(socket.socket(fileno=sock_fd))
+    code = Daemon(settings, state, lock_fd, log, report).run(socket.socket(fileno=sock_fd))
+    os._exit(code)  # no thread of a library may keep the locks
 
 
-class Host:
-    """What keeps a Service running: signals, idle stop, daemon.json, control routes.
+_Report = Callable[[Optional[str]], None]
+
+
+class Daemon:
+    """What keeps a Service running: signals, idle stop, locks and state files, control routes.
 
     report: called once, with None when the server answers, or with the reason why it does not.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        state: State,
-        log: Callable[[str], None],
-        report: Callable[[Optional[str]], None],
+        self, settings: Settings, state: State, lock_fd: int, log: Log, report: _Report
     ) -> None:
         self._settings = settings
         self._state = state
+        self._lock_fd = lock_fd
+        self._directory_fd = -1
+        self._relocks = 0  # ticks in which a lock that we had lost could not be taken
         self._log = log
         self._report = report
+        self._served = _place(settings.metaflow_dir)
         self._started = time.monotonic()
+        self._ending = False  # signalled, and still serving the wrappers that live
         self._stopping = False
         self._ready = False
-        self._stamp: Tuple[int, ...] = ()
-        self._logins: Dict[
-            str, float
-        ] = {}  # one-time words of ui_url -> when they end (monotonic s)
+        self._unsaved = ""  # why the state files could not be written
+        self._logins: Dict[str, float] = {}  # one-time words of ui_url -> when they end (monotonic)
 
     def run(self, sock: socket.socket) -> int:
         """Serve on `sock` until stopped. Returns the exit code: 0, or 1 after a failure."""
@@ -12653,18 +12658,23 @@ class Host:
         names = ("instance", "pid", "port", "host", "root", "version", "started_at")
         identity = {**{name: record[name] for name in names}, "url": self._state.url}
         try:
+            directory_fd = lock_directory(self._state.directory)
+            if directory_fd is None:
+                raise DaemonError(f"another daemon holds the lock of {self._state.directory}")
+            self._directory_fd = directory_fd
             self.service = Service(self._settings, identity, self._log)
             self.service.site.reader.card_roots += read_card_roots(self._state.directory)
-            asyncio.run(self._serve(sock))
+            # Not asyncio.run, which waits for threads: the process ends right after this.
+            asyncio.new_event_loop().run_until_complete(self._serve(sock))
         except Exception as error:
-            import traceback
-
             self._log("failed: " + traceback.format_exc())
-            self._state.remove()
             if not self._ready:
-                kind = "" if isinstance(error, SettingsError) else type(error).__name__ + ": "
-                self._report(kind + str(error))
+                ours = isinstance(error, (SettingsError, DaemonError))
+                self._report(("" if ours else type(error).__name__ + ": ") + str(error))
             return 1
+        finally:
+            if not self._stopping:
+                self._forget()
         self._log("stopped")
         return 0
 
@@ -12686,7 +12696,6 @@ class Host:
             await self.service.serve(sock, ready=self._on_ready)
         finally:
             watch.cancel()
-            self._state.remove()
 
     def _on_ready(self) -> None:
         self._ready = True
@@ -12694,127 +12703,161 @@ class Host:
         self._save()
         took = time.monotonic() - self._started
         self._log(
-            "mflocal %s serves %s on %s, pid %d, ready after %.2f s"
-            % (VERSION, self._state.record["root"], self._state.url, os.getpid(), took)
+            f"mflocal {VERSION} serves {self._state.record['root']} on {self._state.url}, "
+            f"pid {os.getpid()}, ready after {took:.2f} s"
         )
         self._report(None)
 
-    def _save(self) -> None:
-        try:
-            self._state.save()
-            self._stamp = self._file_stamp()
-        except OSError as error:
-            self._log("cannot write %s: %s" % (STATE_FILE, error))
-
-    def _file_stamp(self) -> Tuple[int, ...]:
-        """Changes when daemon.json is replaced; () when it is gone, with its root or without."""
-        try:
-            info = os.stat(os.path.join(self._state.directory, STATE_FILE))
-            if not os.path.isdir(self._settings.metaflow_dir):
-                return ()
-            return (info.st_dev, info.st_ino, info.st_mtime_ns)
-        except OSError:
-            return ()
+    # -- ends
 
     def begin_stop(self, why: str, now: bool = False) -> None:
         """Drain and stop; a second call, or `now`, does not wait for requests in flight."""
         now = now or self._stopping
-        self._log("stopping%s: %s" % (" now" if now else "", why))
-        self._stopping = True
-        self._state.remove()  # first, so that the next `start` waits for the lock and not for us
+        self._log(f"stopping{' now' if now else ''}: {why}")
+        if not self._stopping:
+            self._stopping = True
+            self._forget()  # first, so that the next `start` waits for the lock and not for us
         self.service.stop(now=now)
 
+    def _forget(self) -> None:
+        """Remove our state files. daemon.json stays if it tells living wrappers to bring the daemon back."""
+        if not self._ending or not self.service.liveness.leases():
+            self._state.remove()
+        _unlink(self._state.record["secrets"])
+
     def _on_signal(self, number: int) -> None:
-        self.begin_stop("SIGTERM" if number == signal.SIGTERM else "SIGINT")
+        """Stop. But a whole job may have been signalled: flows of its `run`s still write what they clean up."""
+        import asyncio
+
+        name = signal.Signals(number).name
+        leases = self.service.liveness.leases()
+        if self._ending or self._stopping or not leases:
+            self.begin_stop(name, now=self._ending)
+            return
+        self._log(f"{name}: serving {leases} `mflocal run` for at most {LEASE_PATIENCE:.0f} s more")
+        self._ending = True
+        self._state.record["state"] = "stopping"
+        self._save()
+        asyncio.get_running_loop().call_later(LEASE_PATIENCE, self.begin_stop, "out of patience")
 
     async def _watch(self) -> None:
-        """Idle stop, vanished root, successor: one look per tick."""
         import asyncio
 
         while not self._stopping:
             wait = IDLE_TICK
             try:
-                left = self.service.idle_left() if self._ready else None
-                if left is not None and left <= 0:
-                    self.begin_stop("idle for %g s" % self._settings.idle_timeout)
-                    return
-                stamp = self._file_stamp()
-                if self._ready and stamp != self._stamp:
-                    if not stamp or not self._state.is_ours():
-                        self.begin_stop("%s is gone or another daemon's" % STATE_FILE)
-                        return
-                    self._stamp = stamp
-                if left is not None:
-                    wait = min(wait, max(left, 0.01))
+                wait = self._tick()
             except Exception as error:
-                self._log("watch: %s: %s" % (type(error).__name__, error))
+                self._log(f"watch: {type(error).__name__}: {error}")
             await asyncio.sleep(wait)
 
-    # -- control routes; each but /id and /login needs the token from our private file --
+    def _tick(self) -> float:
+        """Vanished root, lost locks and files, idle stop. Returns s until the next look."""
+        if _place(self._settings.metaflow_dir) != self._served:
+            self.begin_stop(f"{self._settings.metaflow_dir} is gone or another directory")
+            return IDLE_TICK
+        if self._ready:
+            self._keep_state()
+        if self._ending and not self.service.liveness.leases():
+            self.begin_stop("signalled, and the last `mflocal run` has ended")
+        left = self.service.idle_left() if self._ready else None
+        if left is not None and left <= 0 and not self._stopping:
+            self.begin_stop(f"idle for {self._settings.idle_timeout:g} s")
+        return IDLE_TICK if left is None else min(IDLE_TICK, max(left, 0.01))
 
-    def _check(self, request: Request) -> None:
-        import hmac
+    def _keep_state(self) -> None:
+        """Whoever unpacks, copies or deletes files in .metaflow may meet ours: put them right again."""
+        directory = self._state.directory
+        locked = {directory: self._directory_fd, os.path.join(directory, LOCK_FILE): self._lock_fd}
+        lost = [path for path, fd in locked.items() if _place(path) != _place(fd)]
+        if lost:
+            fd = _lock_file(directory)
+            place = lock_directory(directory) if fd is not None and directory in lost else -1
+            if fd is None or place is None:
+                self._relocks += 1
+                if self._relocks >= RELOCK_TRIES:
+                    self.begin_stop(f"another daemon holds the lock of {directory}")
+                return
+            self._lock_fd, self._relocks = fd, 0  # the old ones stay open, and locked
+            self._directory_fd = self._directory_fd if place == -1 else place
+            self._log.reopen()
+            self._log(f"took the lock of {directory} anew")
+        _private_dir(directory)
+        if not self._state.is_saved():
+            self._save()
 
-        given = request.headers.get("x-mflocal-token", "")
-        if not hmac.compare_digest(given.encode("latin-1", "replace"), self._state.token.encode()):
-            raise Problem(403, "the control routes need the token from %s" % STATE_FILE)
+    def _save(self) -> None:
+        try:
+            self._state.save()
+            self._unsaved = ""
+        except OSError as error:
+            if str(error) != self._unsaved:  # it is tried again with every tick
+                self._unsaved = str(error)
+                self._log(f"cannot write {STATE_FILE}: {error}")
+
+    # -- control routes; each but /id and /login needs the token from our private file
 
     def _body(self, request: Request) -> Dict[str, Any]:
-        self._check(request)
+        """The request's JSON object, after its token was checked."""
+        import hmac
+
+        given = request.headers.get("x-mflocal-token", "").encode("latin-1", "replace")
+        if not hmac.compare_digest(given, self._state.token.encode()):
+            raise Problem(403, f"the control routes need the token that {STATE_FILE} leads to")
         body = request.json() if request.body else {}
         if not isinstance(body, dict):
             raise Problem(400, "the body must be a JSON object")
         return body
 
     def _id(self, request: Request) -> Response:
-        return json_response({"instance": self._state.instance})
+        """Proves who we are, where `nonce` is given; `use` comes from those who will take a lease."""
+        nonce = request.arg("nonce") or ""
+        if not nonce.isalnum() or len(nonce) > 64:
+            raise Problem(400, "nonce must be 1 to 64 letters and digits")
+        if request.arg("use"):
+            self.service.touch()  # from here on the idle stop is as far away as it can be
+        served = _place(self._settings.metaflow_dir)
+        return json_response(
+            {"proof": self._state.proof(nonce, served, _place(self._directory_fd))}
+        )
 
     async def _status(self, request: Request) -> Response:
-        self._check(request)
-        record = self._state.record
+        self._body(request)
         left = self.service.idle_left()
-        return json_response(
-            {
-                "pid": os.getpid(),
-                "port": self._state.port,
-                "url": self._state.url,
-                "root": record["root"],
-                "version": VERSION,
-                "state": record["state"],
-                "started_at": record["started_at"],
-                "uptime": round(time.monotonic() - self._started, 1),
-                "idle_timeout": self._settings.idle_timeout,
-                "idle_left": None if left is None else round(left, 1),
-                "active_runs": await self.service.active_runs(),
-                "ui": record.get("ui"),
-                "python": sys.executable,
-                "log": os.path.join(self._state.directory, LOG_FILE),
-            }
+        told = ("pid", "port", "root", "version", "state", "started_at", "ui", "python")
+        status = {name: self._state.record[name] for name in told}
+        status.update(
+            url=self._state.url,
+            uptime=round(time.monotonic() - self._started, 1),
+            idle_timeout=self._settings.idle_timeout,
+            idle_left=None if left is None else round(left, 1),
+            active_runs=await self.service.active_runs(),
+            log=os.path.join(self._state.directory, LOG_FILE),
         )
+        return json_response(status)
 
     async def _stop(self, request: Request) -> Response:
         import asyncio
 
-        runs = await self.service.active_runs()
-        if runs and not self._body(request).get("force"):
+        runs = [] if self._body(request).get("force") else await self.service.active_runs()
+        if runs:
             return json_response({"stopping": False, "active_runs": runs}, 409)
-        self._check(request)
+        self._ending = False  # who asks us to stop wants nobody to bring us back
         # A moment later, so that this answer is out before the server drains.
         asyncio.get_running_loop().call_later(0.01, self.begin_stop, "asked by `mflocal stop`")
         return json_response({"stopping": True, "active_runs": runs})
 
     def _learn_cards(self, place: Any) -> None:
-        """Where a wrapper's flows put their cards: remembered across restarts, for runs that are looked at later."""
+        """Where a wrapper's flows put their cards: remembered across restarts, for runs looked at later."""
         known = self.service.site.reader.card_roots
         if isinstance(place, str) and os.path.isabs(place) and place not in known:
             known.append(place)
             del known[:-MAX_CARD_ROOTS]
-            directory = self._state.directory
-            record = {"place": _place(directory), "roots": known}
+            path = os.path.join(self._state.directory, CARDS_FILE)
             try:
-                _write_private(os.path.join(directory, CARDS_FILE), json.dumps(record).encode())
+                _write_private(path, {"place": _place(self._state.directory), "roots": known})
             except OSError as error:
-                self._log("cannot write %s: %s" % (CARDS_FILE, error))
+                self._log(f"cannot write {CARDS_FILE}: {error}")
 
     def _lease(self, request: Request) -> Response:
         """A wrapper lives as long as this connection; with "ended" its command has ended by itself."""
@@ -12854,7 +12897,7 @@ class Host:
         self._logins = {word: end for word, end in self._logins.items() if end > now}
         word = os.urandom(16).hex()
         self._logins[word] = now + LOGIN_SECONDS
-        return "%s/_mflocal/login?once=%s" % (self._state.url, word)
+        return f"{self._state.url}/_mflocal/login?once={word}"
 
     def _login(self, request: Request) -> Response:
         end = self._logins.pop(request.arg("once") or "", 0.0)
@@ -12872,27 +12915,20 @@ def serve_here(settings: Settings) -> int:
     Raises DaemonError when it cannot start, also when a daemon serves this root already.
     """
     _make_metaflow_dir(settings)
-    deadline = time.monotonic() + DRAIN_TIMEOUT
-    taken = take_lock(settings)
+    taken = None
     while taken is None:
         found = find_daemon(settings)
         if found:
             state = found[0]
-            raise DaemonError(
-                "pid %d serves %s already, on %s" % (state.pid, settings.root, state.url)
-            )
-        if time.monotonic() > deadline:
-            raise DaemonError(who_holds(settings))
-        time.sleep(LOCK_POLL)
+            raise DaemonError(f"pid {state.pid} serves {settings.root} already, on {state.url}")
         taken = take_lock(settings)
     lock_fd, directory = taken
     sock = listen(settings, lock_fd)
-    _sweep(directory)
-    state = new_state(settings, directory, sock.getsockname()[1], os.getpid())
+    state = new_state(settings, directory, sock, os.getpid())
     try:
         state.save()
     except OSError as error:
-        raise DaemonError("cannot write in %s: %s" % (directory, error.strerror)) from None
+        raise DaemonError(f"cannot write in {directory}: {error.strerror}") from None
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     problems: List[str] = []
 
@@ -12900,10 +12936,9 @@ def serve_here(settings: Settings) -> int:
         if problem:
             problems.append(problem)
 
-    code = Host(settings, state, Log(None), report).run(sock)
+    code = Daemon(settings, state, lock_fd, Log(None), report).run(sock)
     if problems:
         raise DaemonError("could not start: " + problems[0])
-    os.close(lock_fd)
     return code
 
 
@@ -13294,7 +13329,7 @@ class _Wrapper:
 
     def _say(self, body: Mapping[str, Any]) -> None:
         assert self._link is not None
-        self._link.send("POST", "/_mflocal/lease", json.dumps(body).encode())
+        self._link.send("POST", "/_mflocal/lease", body)
 
     def run(self, words: Sequence[str], env: Mapping[str, str], closed: Sequence[int]) -> int:
         """Run CMD to its end, with the descriptors `closed` closed. Returns the exit code, or -N for signal N."""
@@ -13408,9 +13443,8 @@ class _Wrapper:
     def _take_lease(self) -> None:
         """Ask for the lease on a connection that stays open; the answer may come when it comes."""
         try:
-            if not self._link:
-                self._link = Link(self._running.state)
-            self._say({"lease": self._lease, "cards": self._cards})
+            if self._link:
+                self._say({"lease": self._lease, "cards": self._cards})
         except OSError:
             if self._ready_fd < 0:
                 self._lost()
@@ -13472,7 +13506,10 @@ class _Wrapper:
 
     def _adopt(self, old: State) -> None:
         """The daemon was asked to go. If another one comes on the same port within a minute, hold on to it."""
-        found = find_daemon(self._settings)
+        try:
+            found = find_daemon(self._settings, use=True, patience=0)
+        except DaemonError:  # it starts or stops
+            found = None
         if found and found[0].port == old.port:
             self._running = Running(found[0], "reused", link=found[1])
             self._link = found[1]
@@ -13539,7 +13576,7 @@ def _as_started(settings: Settings, state: State) -> Settings:
 
 
 def _ensure_ready(args: _Words, settings: Settings) -> Running:
-    running = wait_ready(ensure(settings))
+    running = wait_ready(settings, ensure(settings))
     if not args.quiet:
         _compare(settings, running)
     return running
@@ -13597,7 +13634,6 @@ def _ui(args: _Words) -> int:
     settings = _server_settings(args)
     running = _ensure_ready(args, settings)
     link, state = running.link, running.state
-    assert link is not None  # wait_ready returned
     bundle = asked.ui_bundle or (None if state.record.get("ui") else settings.ui_bundle)
     status, body = link.ask("POST", "/_mflocal/ui", {"bundle": bundle})
     if not args.quiet:
@@ -13645,15 +13681,8 @@ def _detail(body: Any) -> str:
 # -- stop, restart, status, url, logs, serve --
 
 
-def _refuse_silent(settings: Settings) -> None:
-    """Raises DaemonError for a daemon that lives, since it holds the lock, and does not answer."""
-    if any(lock_is_held(directory) and read_state(directory) for directory in state_dirs(settings)):
-        raise DaemonError(who_holds(settings))
-
-
 def _none_runs(settings: Settings) -> int:
-    _refuse_silent(settings)
-    complain("no daemon runs for %s" % settings.root)
+    complain(none_runs(settings))
     return EXIT_NONE
 
 
@@ -13681,42 +13710,17 @@ def _run_lines(body: Mapping[str, Any]) -> List[str]:
 
 def _stop_daemon(settings: Settings, force: bool) -> Tuple[int, Optional[State]]:
     """(exit code, the daemon that was stopped or refused to)."""
-    found = find_daemon(settings)
-    if not found:
-        return _stop_silent(settings, force)
-    state, link = found
-    status, body = _ask(state, link, "POST", "/_mflocal/stop", {"force": force})
-    if status == 409:
-        for line in _run_lines(body):
-            complain("active: " + line)
+    stopped = stop_daemon(settings, force)
+    if stopped is None:
+        return EXIT_NONE, None
+    for line in _run_lines({"active_runs": stopped.refused}):
+        complain("active: " + line)
+    if stopped.refused:
         complain("not stopped, because runs are active; --force stops anyway")
-        return EXIT_REFUSED, state
-    if not wait_gone(state, DRAIN_TIMEOUT + CONTROL_TIMEOUT):
-        raise DaemonError("the daemon (pid %d) is still draining" % state.pid)
-    return 0, state
-
-
-def _stop_silent(settings: Settings, force: bool) -> Tuple[int, Optional[State]]:
-    """Nobody answers. If somebody holds the lock, it is draining, starting or stuck."""
-    for directory in state_dirs(settings):
-        if not lock_is_held(directory):
-            continue
-        state = read_state(directory)
-        if state is None:  # draining: its daemon.json is gone
-            deadline = time.monotonic() + DRAIN_TIMEOUT + CONTROL_TIMEOUT
-            while lock_is_held(directory) and read_state(directory) is None:
-                if time.monotonic() > deadline:
-                    raise DaemonError(who_holds(settings))
-                time.sleep(LOCK_POLL)
-            return 0, None
-        if not force:
-            raise DaemonError(who_holds(settings))
-        if not kill_daemon(state) or not wait_gone(state, CONTROL_TIMEOUT):
-            raise DaemonError("cannot end the daemon (pid %d)" % state.pid)
-        state.remove()
-        complain("killed the daemon (pid %d), which did not answer" % state.pid)
-        return 0, state
-    return EXIT_NONE, None
+        return EXIT_REFUSED, stopped.state
+    for pid in stopped.killed:
+        complain("killed the daemon (pid %d), which did not answer" % pid)
+    return 0, stopped.state
 
 
 @command("stop", _ROOT, _FORCE)
@@ -13745,7 +13749,7 @@ def _restart(args: _Words) -> int:
         if settings.port:
             same["port"] = settings.port
         settings = _as_started(settings, state)._replace(**same, asked=settings.asked)
-    _print_started(settings, wait_ready(ensure(settings)))
+    _print_started(settings, wait_ready(settings, ensure(settings)))
     return 0
 
 
@@ -13757,7 +13761,6 @@ def _status(args: _Words) -> int:
     if not found:
         if not args.json:
             return _none_runs(settings)
-        _refuse_silent(settings)
         print(json.dumps({"running": False, "root": settings.root}))
         return EXIT_NONE
     body = _ask(*found, "GET", "/_mflocal/status")[1]
