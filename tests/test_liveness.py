@@ -1164,7 +1164,7 @@ def test_a_worker_is_killed_wherever_it_is_in_a_request(bare: Bare, rest: str) -
     worker.kill()
     worker.wait()
     worker.stdout.close()
-    soon(bare.client, bare.pathspec, lambda s: s.task(attempt=1) == "failed", time.monotonic())
+    soon(bare.client, bare.pathspec, lambda s: s.task(attempt=1) == "failed")
 
 
 def test_the_heartbeat_follows_the_connection(bare: Bare) -> None:
