@@ -153,6 +153,7 @@ LEASE_KEPT = 7 * 86_400  # s after which the runs of a wrapper that never said g
 SIGNS_FILE = "_mflocal.json"  # in a run's or task's `_meta`; local mode reads only _self, sysmeta_* and N_artifact_*
 
 # Status.
+START_JITTER = 100  # ms between the making of a run's id and its record in local mode: 1 to 5
 LOCAL_IDLE_CUTOFF = (
     300.0  # the same when no task is unfinished, or one has failed: longer than cards take
 )
@@ -872,18 +873,31 @@ def artifact_file(attempt: int, name: str) -> str:
     return f"{attempt}_artifact_{name}.json"
 
 
+LATEST_MS = 253_402_300_799_000  # the year 9999, the last that datetime knows
+
+
+def moment(value: Any, latest: float = LATEST_MS) -> Optional[int]:
+    """A time that a file tells, in whatever unit `latest` has; None for what cannot be one.
+
+    Anybody may have written the file: text, NaN, a number of 400 digits.
+    """
+    return value if type(value) is int and 0 <= value <= latest else None
+
+
 def split_metadata_file(name: str) -> Optional[Tuple[str, int]]:
     """(field name, ms) of a metadata file name, or None."""
     if not (name.startswith("sysmeta_") and name.endswith(".json")):
         return None
     field, _, ms = name[8:-5].rpartition("_")
-    return (field, int(ms)) if field and ms.isascii() and ms.isdigit() else None
+    return (field, int(ms)) if field and ms.isascii() and ms.isdigit() and len(ms) < 16 else None
 
 
 def split_artifact_file(name: str) -> Optional[Tuple[int, str]]:
     """(attempt, artifact name) of an artifact file name, or None."""
     attempt, found, rest = name.partition("_artifact_")
     if not (found and rest.endswith(".json") and attempt.isascii() and attempt.isdigit()):
+        return None
+    if len(attempt) > 6:
         return None
     return int(attempt), rest[:-5]
 
@@ -1814,15 +1828,15 @@ class Store:
         if node.signs is None:
             node.signs = signs = Signs()
             saved = read_record(f"{node.path}/_meta/{SIGNS_FILE}") or {}
-            beat, lost = saved.get("last_heartbeat_ts"), saved.get("lost")
-            if isinstance(beat, int):
-                signs.heartbeat = beat
+            lost = saved.get("lost")
+            # One that is still to come would keep its run alive for ever; a day is a clock gone wrong.
+            signs.heartbeat = moment(saved.get("last_heartbeat_ts"), time.time() + 86_400)
             if isinstance(saved.get("lease"), str):
                 signs.lease = saved["lease"]
             signs.beats = saved.get("beats") is True
             if isinstance(lost, dict):
                 signs.lost = {
-                    int(k): v for k, v in lost.items() if is_number(k) and isinstance(v, int)
+                    int(k): v for k, v in lost.items() if is_number(k) and moment(v) is not None
                 }
         return node.signs
 
@@ -1936,6 +1950,8 @@ class Store:
             if record is None:
                 return False
             _repair(record)
+            if isinstance(node, RunNode):
+                record["ts_epoch"] = _true_start(node, record.get("ts_epoch"))
             self._share_tags(record)
             node.record, node.sig = _kept(node, record), sig
             if changed and isinstance(node, RunNode):
@@ -2342,7 +2358,8 @@ class Store:
             record = read_record(f"{meta}/{name}") if field else None
             if field is None or record is None:
                 return None
-            if not isinstance(record.get("ts_epoch"), int):
+            record["ts_epoch"] = moment(record.get("ts_epoch"))
+            if record["ts_epoch"] is None:
                 record["ts_epoch"] = field[1]
             record["id"] = metadata_id(f"{meta}/{name}"[len(self.root) :], field[1])
         else:
@@ -2351,6 +2368,7 @@ class Store:
             if artifact is None or record is None:
                 return None
             record["attempt_id"], record["name"] = artifact
+            record["ts_epoch"] = moment(record.get("ts_epoch"))
         record["flow_id"], record["run_number"] = task.run.flow, task.run.id
         record["step_name"], record["task_id"] = task.step.name, task.id
         return record
@@ -2443,10 +2461,27 @@ def _kept(node: Node, record: Record) -> Record:
     return {key: record.get(key) for key in ("step_name", "user_name", "ts_epoch")}
 
 
+def _true_start(run: RunNode, recorded: Optional[int]) -> Optional[int]:
+    """When a run began (ms). Local mode writes the time of the tagging into `_self.json` of a run that is tagged.
+
+    It also makes the run's id from its start in µs; for ids of others, `_parameters` is the first step that is
+    made.
+    """
+    if len(run.id) == 16 and is_number(run.id):
+        began = moment(int(run.id) // 1000, now_ms())
+    else:
+        first = read_record(f"{run.path}/_parameters/_meta/_self.json") or {}
+        began = moment(first.get("ts_epoch"))
+    if began is None or recorded is None:
+        return recorded if began is None else began
+    # the record is written a moment after the id was made: that is no difference to speak of
+    return began if recorded - began > START_JITTER else recorded
+
+
 def _repair(record: Record) -> None:
     """Takes out of a `_self.json` what has not the type that everybody counts on: anybody may have written it."""
-    if type(record.get("ts_epoch", 0)) is not int:
-        record["ts_epoch"] = None
+    if "ts_epoch" in record:
+        record["ts_epoch"] = moment(record["ts_epoch"])
     if not isinstance(record.get("user_name", ""), str):
         record["user_name"] = None
     for key in ("tags", "system_tags"):
@@ -2510,8 +2545,7 @@ def attempt_of_tags(tags: Any) -> Optional[int]:
 def _take_fact(facts: TaskFacts, name: str, record: Record) -> None:
     """Adds one record to the facts: fields `attempt`, `attempt-done`, `attempt_ok`, artifact `_task_ok`."""
     artifact = split_artifact_file(name)
-    ms = record.get("ts_epoch")
-    at = ms if isinstance(ms, int) else 0
+    at = moment(record.get("ts_epoch")) or 0
     if artifact is not None:
         if artifact[1] == "_task_ok":
             attempt = facts.attempt(artifact[0])

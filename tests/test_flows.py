@@ -358,6 +358,48 @@ def test_local_mode_and_the_service_share_their_runs(project: Path) -> None:
     assert read(project, f"LinearFlow/{inside}")["successful"]
 
 
+def test_tags_of_local_mode_do_not_move_a_run_in_time(project: Path) -> None:
+    """Local mode writes the moment of the tagging over the moment of the start; we show the true one."""
+    script = flow_file(project, "e2e_tagged.py").name
+    local = ("--metadata", "local")
+
+    def look() -> tuple[Any, ...]:
+        client = client_of(project)
+        rows = client.get("/api/runs?_order=-ts_epoch&_limit=10")["data"]
+        row = next(row for row in rows if str(row["run_number"]) == tagged)
+        tasks = client.get(f"/api/flows/TaggedFlow/runs/{tagged}/tasks?_limit=100")["data"]
+        meta = client.get(f"/flows/TaggedFlow/runs/{tagged}")
+        assert row["ts_epoch"] == meta["ts_epoch"] <= min(task["ts_epoch"] for task in tasks)
+        assert row["ts_epoch"] // 100 <= int(tagged) // 100_000 + 1
+        assert row["finished_at"] - row["ts_epoch"] == row["duration"] > 1000
+        order = [str(row["run_number"]) for row in rows if row["flow_id"] == "TaggedFlow"]
+        pages = client("GET", "/flows/TaggedFlow/runs?_limit=1")
+        return (
+            row["ts_epoch"],
+            row["finished_at"],
+            row["duration"],
+            order,
+            pages.headers["x-next-cursor"],
+        )
+
+    tagged = run_id_of(plain(project, script, *local, "run").stdout)
+    mflocal("start", cwd=project, check=True)
+    later = run_id_of(plain(project, script, *local, "run").stdout)
+    before = look()
+    assert before[3] == [later, tagged]
+    done = plain(project, script, *local, "tag", "add", "--run-id", tagged, "new")
+    assert done.returncode == 0, done.stdout
+    assert look() == before
+    mflocal("restart", cwd=project, check=True)
+    assert look() == before
+    client_of(project)(
+        "PATCH", f"/flows/TaggedFlow/runs/{tagged}/tag/mutate", {"tags_to_add": ["x"]}
+    )
+    assert look() == before
+    tags = client_of(project).get(f"/flows/TaggedFlow/runs/{tagged}")["tags"]
+    assert {"from-within", "new", "x"} <= set(tags)
+
+
 def test_a_key_is_handed_to_the_client(project: Path) -> None:
     key = "a-key-of-some-length"
     output = flow(project, "e2e_linear.py", "run", METAFLOW_LOCAL_SERVICE_AUTH_KEY=key)

@@ -1224,3 +1224,69 @@ def test_local_mode_reads_what_was_lost(bare: Bare) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=bare.client.root, env=clean_env(), text=True,
                           stdout=subprocess.PIPE, timeout=60)  # fmt: skip
     assert done.stdout.strip() == f"['{bare.task}'] False 1"
+
+
+# -- numbers in files
+
+ODD_NUMBERS = [
+    "1" + "0" * 400,
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "-5",
+    '"5"',
+    "[5]",
+    "1e400",
+    "true",
+    "null",
+]
+
+
+def test_odd_numbers_in_files(make_service: Callable[..., Client], tmp_path: Path) -> None:
+    """Whatever a file claims as a time, every page and command that shows it still answers, in valid JSON."""
+    client = make_service(tmp_path)
+    body = {"user_name": "u", "tags": [], "system_tags": []}
+    client.post("/flows/F", {})
+    runs = []
+    for _ in ODD_NUMBERS:
+        number = client.post("/flows/F/run", body)["run_number"]
+        client.post(f"/flows/F/runs/{number}/steps/start/step", body)
+        task = client.post(f"/flows/F/runs/{number}/steps/start/task", body)["task_id"]
+        path = f"/flows/F/runs/{number}/steps/start/tasks/{task}"
+        row = {"value": "0", "type": "x", "tags": ["attempt_id:0"]}
+        client.post(
+            f"{path}/metadata", [{**row, "field_name": "attempt"}, {**row, "field_name": "x"}]
+        )
+        art = {"name": "a", "location": ":root:x", "ds_type": "local", "sha": "0", "attempt_id": 0}
+        client.post(f"{path}/artifact", [{**art, "type": "metaflow.artifact", "content_type": "t"}])
+        client.post(f"{path}/heartbeat", {})
+        runs.append((number, path))
+    os.kill(client.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    for (number, _), odd in zip(runs, ODD_NUMBERS):
+        for path in (tmp_path / f".metaflow/F/{number}").rglob("*.json"):
+            record = json.loads(path.read_text())
+            for key in ("ts_epoch", "last_heartbeat_ts"):
+                if key in record:
+                    record[key] = "ODD"
+            if record.get("lost") is not None:
+                record["lost"] = {"0": "ODD", "1": "ODD"}
+            path.write_text(json.dumps(record).replace('"ODD"', odd))
+    client = make_service(tmp_path)
+    for number, path in runs:
+        for url in (f"/flows/F/runs/{number}", path, f"{path}/metadata", f"{path}/artifacts",
+                    f"/flows/F/runs/{number}/metadata", f"/api/flows/F/runs/{number}",
+                    f"/api/flows/F/runs/{number}/steps", f"/api/flows/F/runs/{number}/tasks",
+                    f"/api{path}/attempts", f"/api{path}/metadata", f"/api{path}/artifacts"):  # fmt: skip
+            body = client.get(url)
+            json.dumps(body, allow_nan=False)
+            assert "e+" not in str(body) and "0" * 100 not in str(body)
+        client.post(f"{path}/heartbeat", {})
+    for url in (
+        "/flows/F/runs",
+        "/flows/F/runs?status=running",
+        "/api/runs?_order=-ts_epoch&_limit=100",
+    ):
+        assert len(client.get(url) if "api" not in url else client.get(url)["data"]) == len(runs)
+    for words in (["status"], ["status", "--json"], ["stop", "--force"]):
+        done = mflocal(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr

@@ -875,7 +875,7 @@ def test_filters_of_runs(service: Client) -> None:
         ("user_name=null", [three]), ("user_name:ne=tester", [two, argo]), ("user_name=tester,other", [one, two]),
         ("user=tester", [one]), ("user=other", []), ("user=null", [two, three]), ("user_name=%27%3B--", []),
         (f"ts_epoch:ge={first}", ids), ("ts_epoch:gt=0", ids), ("ts_epoch:lt=9999999999999", ids), ("ts_epoch=null", []),
-        ("ts_epoch:lt=5", []), ("last_heartbeat_ts=null", []), ("last_heartbeat_ts:gt=0", ids), ("last_heartbeat_ts:lt=5", []),
+        ("ts_epoch:lt=5", []), ("last_heartbeat_ts=null", [one, two]), ("last_heartbeat_ts:gt=0", [three, argo]), ("last_heartbeat_ts:lt=5", []),
         ("_tags=ta", [one]), ("_tags=ta,tb", [one]), ("_tags:all=tb,user:tester", [one]), ("_tags:any=ta,100%25_x,zz", [one, two]),
         ("_tags:bogus=ta", [one]), ("_tags=", []), ("_tags=nope", []), ("_tags:likeany=use,zz", [one, two, argo]),
         ("_tags:likeall=user:te,tb", [one]), ("_tags=tb&user_name=other", [two]), ("flow_id=F", ids), ("flow_id:ne=F", []),
