@@ -13334,6 +13334,7 @@ class _Wrapper:
         self._cards = cards
         self._link: Optional[Link] = running.link
         self._ready_fd = running.ready_fd
+        self._granted = False  # whether the daemon has ever had our lease
         self._retry_at: Optional[float] = None  # monotonic: when to look for our daemon again
         self._lost_at = 0.0  # monotonic
         self._restarts: List[float] = []
@@ -13487,6 +13488,7 @@ class _Wrapper:
         """The lease connection has something: the answer, or its end."""
         try:
             if link.due and link.receive()[0] == 200:
+                self._granted = True
                 return
         except (OSError, ValueError, IndexError):
             pass
@@ -13507,7 +13509,7 @@ class _Wrapper:
     def _find_again(self) -> None:
         """Bring a crashed daemon back on its port; after a `restart` go over to the new one."""
         state = self._running.state
-        if not state.is_ours():
+        if self._granted and not state.is_ours():
             self._adopt(state)
             return
         now = time.monotonic()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from conftest import MODULE, REPO, clean_env
+from conftest import MODULE, REPO, clean_env, wait_for
 
 COMMITTED = REPO / "dist" / "mflocal.pyz"
 
@@ -148,6 +149,31 @@ def test_poor_homes(place: Path, home: str) -> None:
     assert list(temp.glob("mflocal-*/mflocal-*/mflocal.py"))
     assert {p.name for p in place.iterdir()} <= {"mflocal.pyz", "project", "temp", "home"}
     assert run(place, "stop", env=env).returncode == 0
+
+
+def test_the_cache_is_deleted_under_a_run(place: Path) -> None:
+    """Somebody tidies up ~/.cache; then the daemon dies, and is brought back out of the archive."""
+    env = clean_env(HOME=str(place / "home"))
+    (place / "home").mkdir()
+    wrapper = subprocess.Popen(
+        [sys.executable, "../mflocal.pyz", "run", "sleep", "600"],
+        cwd=place / "project", env=env, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    path = place / "project/.metaflow/.mflocal/daemon.json"
+
+    def ready() -> int:
+        told = json.loads(path.read_text()) if path.exists() else {}
+        return int(told["pid"]) if told.get("state") == "ready" else 0
+
+    try:
+        first = wait_for(ready)
+        shutil.rmtree(place / "home/.cache")
+        os.kill(first, signal.SIGKILL)
+        wait_for(lambda: ready() not in (0, first))
+    finally:
+        wrapper.terminate()
+        err = wrapper.communicate(timeout=60)[1]
+    assert "started it again" in err
 
 
 def test_an_empty_environment(place: Path) -> None:

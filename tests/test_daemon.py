@@ -164,11 +164,13 @@ def test_replaced_files_make_no_second_daemon(project: Path, how: str) -> None:
 
 
 def locked(path: Path) -> bool:
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
     return False
 
 
@@ -665,6 +667,69 @@ def test_who_comes_in_the_last_idle_moment_is_served(project: Path) -> None:
         done = mflocal("run", "-q", PYTHON, "-c", POST, flow, cwd=project)
         assert (done.returncode, done.stdout) == (0, "200\n"), done.stderr
         time.sleep(pause)
+
+
+def test_a_daemon_that_stops_before_it_has_the_lease_is_replaced(project: Path) -> None:
+    """`stop` came between the answer of the daemon to `run` and the lease: the command is not left without one."""
+    start(project)
+    first = daemon_state(project)["pid"]
+    stop = [*COMMAND, "stop"]
+    code = (
+        f"import subprocess, sys; sys.path.insert(0, {str(MODULE.parent)!r}); import mflocal\n"
+        "def late(self, old=mflocal._Wrapper._take_lease):\n"
+        "    mflocal._Wrapper._take_lease = old\n"
+        f"    subprocess.run({stop!r}, stdout=2)\n"
+        "    old(self)\n"
+        "mflocal._Wrapper._take_lease = late\n"
+        "mflocal.console()"
+    )
+    patient = (
+        "import sys, time, urllib.error\n"
+        "for _ in range(300):\n"
+        f"    try: exec({POST!r}); break\n"
+        "    except (OSError, urllib.error.URLError): time.sleep(0.1)\n"
+    )
+    done = subprocess.run(
+        [PYTHON, "-c", code, "run", PYTHON, "-c", patient, "F"],
+        cwd=project, env=clean_env(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "200\n"), done.stderr
+    assert f"mflocal stopped: pid {first}" in done.stderr and daemon_state(project)["pid"] != first
+
+
+NO_DIRECTORY_LOCKS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <sys/stat.h>
+int flock(int fd, int operation) {
+    struct stat info;
+    if (!fstat(fd, &info) && S_ISDIR(info.st_mode)) { errno = EBADF; return -1; }
+    int (*real)(int, int) = dlsym(RTLD_NEXT, "flock");
+    return real(fd, operation);
+}
+"""
+
+
+def test_a_file_system_that_cannot_lock_directories(project: Path, tmp_path: Path) -> None:
+    """As NFS: the lock on the file does it all, and one that was replaced is taken anew."""
+    compiler = shutil.which("cc")
+    if not compiler or sys.platform != "linux":
+        pytest.skip("needs a C compiler on Linux")
+    (tmp_path / "flock.c").write_text(NO_DIRECTORY_LOCKS)
+    library = tmp_path / "flock.so"
+    words = [compiler, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "flock.c"), "-ldl"]
+    if subprocess.run(words).returncode:
+        pytest.skip("the C compiler does not work")
+    env = clean_env(LD_PRELOAD=str(library))
+    started = mflocal("start", cwd=project, check=True, env=env)
+    pid = daemon_state(project)["pid"]
+    assert started.stderr == "" and not locked(project / ".metaflow/.mflocal")
+    lock = project / ".metaflow/.mflocal/lock"
+    restore(project, "tar")
+    wait_for(lambda: locked(lock))
+    assert f"pid {pid}," in mflocal("start", cwd=project, check=True, env=env).stdout
+    assert mflocal("stop", cwd=project, env=env).returncode == 0
 
 
 def test_a_daemon_ends_whatever_its_threads_do(project: Path) -> None:
