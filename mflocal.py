@@ -797,9 +797,8 @@ def _finite(text: str) -> float:
     return value
 
 
-_decode = json.JSONDecoder(
-    parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int
-).decode
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int)
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def loads(data: bytes) -> Any:
@@ -808,13 +807,36 @@ def loads(data: bytes) -> Any:
     Of a duplicated key the last value counts, as everywhere in Python. Raises Problem(400).
     """
     try:
-        return _decode(data.decode("utf-8"))
+        return _DECODER.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Problem(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:
         raise Problem(400, "the body is not usable JSON: nested too deeply") from None
     except ValueError as error:
         raise Problem(400, f"the body is not JSON: {error}") from None
+
+
+def list_elements(data: bytes) -> Iterator[Any]:
+    """The elements of a list, as loads() would give it, decoded one at a time. ValueError: loads() it to see why."""
+    text = data.decode("utf-8")
+
+    def after_space(at: int) -> int:
+        match = _JSON_SPACE.match(text, at)
+        return match.end() if match else at
+
+    at = after_space(0)
+    if text[at : at + 1] != "[":
+        raise ValueError("no list")
+    at = after_space(at + 1)
+    more = text[at : at + 1] != "]"
+    while more:
+        value, at = _DECODER.raw_decode(text, at)
+        yield value
+        at = after_space(at)
+        more = text[at : at + 1] == ","
+        at = after_space(at + 1) if more else at
+    if text[at : at + 1] != "]" or after_space(at + 1) != len(text):
+        raise ValueError("more behind the list, or no end")
 
 
 # -- names. What passes here may become a file name; nothing else may.
@@ -6715,6 +6737,19 @@ class Request:
         """The body as JSON whatever Content-Type says (Metaflow's heartbeats have none); Problem(400)."""
         return loads(self.body)
 
+    async def rows(self) -> Any:
+        """json() where a list of rows is expected: a long one is decoded while others have their turns."""
+        if len(self.body) <= SMALL_BODY:
+            return self.json()
+        pace, found = Pacer(), []
+        try:
+            for row in list_elements(self.body):
+                found.append(row)
+                await pace()
+        except (ValueError, RecursionError):
+            return self.json()  # no list, or no JSON: that says what is wrong
+        return found
+
     def args(self) -> list[tuple[str, str]]:
         """The decoded (name, value) pairs of the query in their order, `a` being ("a", ""); Problem(400)."""
         if self._args is None:
@@ -8716,7 +8751,7 @@ class MetadataApi:
         task = self._maybe_task(request)
         if task is None:
             raise Problem(400, "need to register run_id and task_id first")
-        rows = metadata_body(request.json())
+        rows = metadata_body(await request.rows())
         created = await self.store.add_metadata(task, rows)
         for row in rows:
             if row.get("field_name") == "attempt":
@@ -8786,7 +8821,7 @@ class MetadataApi:
         task = self._maybe_task(request)
         if task is None:
             raise Problem(400, "need to register run_id and task_id first")
-        created = await self.store.add_artifacts(task, artifact_body(request.json()))
+        created = await self.store.add_artifacts(task, artifact_body(await request.rows()))
         return json_response({"artifacts_created": created})
 
     # -- paging
@@ -10662,7 +10697,7 @@ class UiApi:
             if plugin["name"] == request.params["name"]:
                 if request.params["file"] not in plugin["files"]:
                     return text_response("File not found", 404)
-                return _plugin_file(os.path.join(folder, request.params["file"]))
+                return _plugin_file(request, os.path.join(folder, request.params["file"]))
         return json_response("Plugin not found", 404)
 
 
@@ -10741,16 +10776,15 @@ def _announced(row: Record, arg: Tuple[str, str]) -> bool:
         return False
 
 
-def _plugin_file(path: str) -> Response:
+def _plugin_file(request: Request, path: str) -> Response:
     import mimetypes
 
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            return Response(200, file.read(PLUGIN_FILE_BYTES), kind)
+        file = os.fdopen(open_regular(path, limit=PLUGIN_FILE_BYTES), "rb", buffering=0)
     except OSError:
         return text_response("File not found", 404)
+    return file_response(request, file, os.fstat(file.fileno()).st_size, kind)
 
 
 # -- search
@@ -11434,15 +11468,6 @@ class WebSocket:
         self._connection.expect(WS_PING_TIMEOUT)
 
 
-def _open_file(path: str) -> IO[bytes]:
-    """A regular file; a pipe of that name is refused, not waited for. Raises OSError."""
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    return file
-
-
 class Bundle:
     """A static build of the official UI: a directory with index.html, or a zip with one (further down, perhaps).
 
@@ -11485,14 +11510,14 @@ class Bundle:
         full = os.path.realpath(os.path.join(root, name))
         if not full.startswith(root + os.sep) or not os.path.isfile(full):
             return None
-        file = _open_file(full)
+        file = os.fdopen(open_regular(full), "rb", buffering=0)
         return file, os.fstat(file.fileno()).st_size
 
     def _read_zip(self) -> None:
         """Reads the zip's directory, and refuses one that would unpack to more than any UI has."""
         import zipfile
 
-        self._zip = zipfile.ZipFile(_open_file(self.path))
+        self._zip = zipfile.ZipFile(os.fdopen(open_regular(self.path, follow=True), "rb"))
         members = [member for member in self._zip.infolist() if not member.is_dir()]
         largest = max([member.file_size for member in members], default=0)
         total = sum([member.file_size for member in members])

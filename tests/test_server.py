@@ -240,3 +240,44 @@ def test_a_background_task_that_fails_is_logged_and_goes_on(
     scene.service.liveness.tick = tick  # type: ignore[method-assign]
     scene.play(script)
     assert len(scene.logged) == 2 and all("a bug" in text for text in scene.logged)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[]", b" [ ] ", b"[1]", b'[{"a": [1, {"b": null}]}, "x" , 2.5]\n', b"{}", b"1", b"", b"[", b"[1", b"[1,", b"[1,]",
+        b"[,]", b"[1 2]", b"[1]]", b"[1] x", b"[NaN]", b"\xff", b"[" * 100_000, b'["\xc3\xa4"]', b"[1e999]",
+    ],
+)  # fmt: skip
+def test_rows_are_what_json_is(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mflocal, "SMALL_BODY", -1)
+
+    def of(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except mflocal.Problem as problem:
+            return problem.detail
+
+    request = Request("POST", body=body)
+    assert of(lambda: asyncio.run(request.rows())) == of(request.json)
+
+
+def test_a_long_body_is_decoded_while_others_have_their_turns() -> None:
+    body = mflocal.dumps(
+        [{"field_name": f"f{number}", "value": "x" * 50} for number in range(50_000)]
+    )
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def main() -> Any:
+        other = asyncio.ensure_future(others())
+        rows = await Request("POST", body=body).rows()
+        other.cancel()
+        return rows
+
+    assert asyncio.run(main()) == mflocal.loads(body) and turns > 5
