@@ -64,17 +64,19 @@ def daemons_of(root: Path) -> list[int]:
 
 
 def begin_run(client: Client) -> http.client.HTTPConnection:
-    """An unfinished run, alive as long as the connection is open."""
+    """An unfinished run whose runtime lives as long as the connection is open."""
+    run = None
     connection = http.client.HTTPConnection(
         "127.0.0.1", int(client.url.rpartition(":")[2]), timeout=10
     )
-    for path in ("/flows/F", "/flows/F/run"):
-        connection.request(
-            "POST", path, json.dumps({"user_name": "u", "tags": [], "system_tags": []})
-        )
+    body = json.dumps({"user_name": "u", "tags": [], "system_tags": []})
+    for path in ("/flows/F", "/flows/F/run", "steps/start/step", "steps/start/task"):
+        if not path.startswith("/"):
+            path = f"/flows/F/runs/{run}/{path}"
+        connection.request("POST", path, body)
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
-        answer.read()
+        run = json.loads(answer.read()).get("run_number")
     return connection
 
 
