@@ -1234,7 +1234,16 @@ def artifact_row(record: Mapping[str, Any], run: Mapping[str, Any]) -> Record:
     }
 
 
-_ARRAY_PLAIN = re.compile(r'[^\s{},"\\]+')
+_ARRAY_PLAIN = re.compile(r'[^ \t\n\r\v\f{},"\\]+')
+
+
+def _array_item(text: Optional[str]) -> str:
+    """An element as PostgreSQL writes it: in quotes where need be, newlines and tabs as they are."""
+    if text is None:
+        return "NULL"
+    if _ARRAY_PLAIN.fullmatch(text) and text.upper() != "NULL":
+        return text
+    return '"%s"' % text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def value_text(value: Any) -> Optional[str]:
@@ -1242,14 +1251,7 @@ def value_text(value: Any) -> Optional[str]:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list):
-        parts = [value_text(part) or "" for part in value]
-        quoted = [
-            p
-            if _ARRAY_PLAIN.fullmatch(p) and p.upper() != "NULL"
-            else json.dumps(p, ensure_ascii=False)
-            for p in parts
-        ]
-        return "{" + ",".join(quoted) + "}"
+        return "{" + ",".join([_array_item(value_text(item)) for item in value]) + "}"
     return text_of(value, "value") if isinstance(value, (bool, int, float)) else json.dumps(value)
 
 
@@ -8372,15 +8374,10 @@ async def _label_of(site: Site, task: TaskNode, facts: TaskFacts) -> str:
     if memo.label is not None:
         return str(memo.label)
     over, label = attempt_is_over(facts), None
-    if facts.foreach_stack is None and (not over or _tells_foreach(task.run)):
-        if over:
-            memo.label = ""
-        return ""
-    for record in await site.store.metadata(task) if facts.foreach_stack is not None else []:
-        if record.get("field_name") == "foreach-execution-path":
-            label = foreach_label(task.id, execution_path=record.get("value"))
-            break
-    if label is None:
+    known = {r.get("field_name"): r.get("value") for r in await site.store.metadata(task)}
+    if "foreach-execution-path" in known:
+        label = foreach_label(task.id, execution_path=known["foreach-execution-path"])
+    elif "origin-task-id" in known or not _tells_foreach(task.run):  # resume copies artifacts only
         for record in await site.store.artifacts(task):
             if record["name"] == "_foreach_stack":
                 stack = (await site.reader.values([record]))[0]
@@ -8395,7 +8392,7 @@ _METAFLOW_VERSION = re.compile(r"metaflow_version:(\d+)\.(\d+)\.(\d+)")
 
 
 def _tells_foreach(run: RunNode) -> bool:
-    """Whether the run's Metaflow writes the foreach stack of every task as metadata: from 2.14.1 on."""
+    """Whether the run's Metaflow writes the foreach path of every task it runs as metadata: from 2.14.1 on."""
     for tag in _list_of(run.self_record, "system_tags"):
         found = _METAFLOW_VERSION.match(tag) if isinstance(tag, str) else None
         if found:

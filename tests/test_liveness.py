@@ -684,6 +684,7 @@ def test_resume_of_a_killed_run(project: Path, start: Start) -> None:
         )
         resumed.say()
         assert resumed.wait() == 0, resumed.output
+    assert foreach_indexes(client, again) == ["0", "1"]  # one was run, one cloned
     flow_run = "/".join(again.split("/")[:2])
     assert see(client, again).run == "completed" and not [
         n for n in watch.ever("failed") if n.startswith(flow_run)
@@ -700,6 +701,7 @@ def test_parallel_nodes(project: Path, start: Start) -> None:
     client = client_of(project)
     rows = nodes_of(client, first)
     assert {row["status"] for row in rows.values()} == {"running"} and len(rows) == 2
+    assert foreach_indexes(client, first) == ["0", "1"]
     clock = time.time()
     kill(pid)
     name = second.split("/")[-1]
@@ -712,6 +714,19 @@ def test_parallel_nodes(project: Path, start: Start) -> None:
     run.say()
     assert run.wait() == 1
     soon(client, first, lambda s: s.run == "failed")
+
+
+def foreach_indexes(client: Client, pathspec: str) -> list[str]:
+    """What the labels of a step's tasks say of their place in the foreach."""
+    flow, run, step, _ = pathspec.split("/")
+    path = f"/api/flows/{flow}/runs/{run}/steps/{step}/tasks?postprocess=true&_limit=100"
+    rows = client.get(path)["data"]
+    labels = [row["foreach_label"] for row in rows if row["attempt_id"] == 0]
+    assert all(
+        label.startswith(f"{row['task_name'] or row['task_id']}[")
+        for label, row in zip(labels, rows)
+    )
+    return sorted(label.rpartition("[")[2].rstrip("]") for label in labels)
 
 
 def nodes_of(client: Client, pathspec: str) -> dict[str, Any]:

@@ -377,7 +377,7 @@ def test_rows_have_the_keys_of_the_real_service_in_its_order() -> None:
     [
         ("x", "x"), (None, None), ([], "{}"), ([1, 2], "{1,2}"), (["a", "b c"], '{a,"b c"}'), (True, "true"),
         (['say "hi"'], '{"say \\"hi\\""}'), (["a,b"], '{"a,b"}'), ([""], '{""}'), (["null"], '{"null"}'), (5, "5"),
-        ([True], "{true}"),
+        ([True], "{true}"), (["a\nb", "c\td"], '{"a\nb","c\td"}'), (["a\\b"], '{"a\\\\b"}'), ([None], "{NULL}"),
     ],
 )  # fmt: skip
 def test_metadata_values_as_text(value: Any, text: Any) -> None:
