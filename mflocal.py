@@ -254,15 +254,9 @@ REDIRECT_SECONDS = 60.0  # s for which `mflocal ui` keeps the page that leads th
 COALESCE = (
     0.05  # s for which changes are collected: what one request writes about one task is one frame
 )
-WATCH_INTERVAL = 1.0  # s between two looks at what local mode writes, while somebody subscribes
-JUDGE_INTERVAL = (
-    2.0  # s after which a running run is judged again: heartbeats grow old without an event
-)
-JUDGE_FAILED = (
-    5.0  # s likewise for a failed one, which may come back (a machine that slept, a long step)
-)
+WATCH_INTERVAL = 1.0  # s between two looks at what no event tells of, while somebody subscribes
+JUDGE_FAILED = 5.0  # s for which a failure that nothing proves is believed: the run may come back
 WATCHED_RUNS = 30  # newest runs per flow that are judged for the lists of runs: a page of the UI
-LOOK_COMPLETED = 15.0  # s between two looks at the files of a completed run that somebody has open
 SETTLED_AFTER = 10_000  # ms after which the directory of a finished task is not looked at any more
 UNNOTICED = (
     10  # s before `since` that are replayed too: the UI needs 7 s to notice that its socket is dead
@@ -271,7 +265,6 @@ REPLAY_SECONDS = 300  # how far back `since` goes, as in the real service
 RUN_AT_ONCE = (
     300  # tasks up to which a run is judged with every event; larger ones once per WATCH_INTERVAL
 )
-SENT_KEPT = 50_000  # rows of which it is remembered what was sent last
 WS_MAX_RESOURCE = 8 * KIB  # characters of a subscription's resource, as a request line
 WS_MAX_UUID = 256  # characters of a subscription's uuid; it is repeated in every frame
 FAILED_FOR_LONG = 600_000  # ms after which a failed run is judged again only every JUDGE_FAILED s
@@ -282,7 +275,8 @@ API_PREFIX = "/api"  # the UI's default place for its API on its own origin
 COMPLETED_TASKS = (
     25  # tasks per step whose artifact names are offered for completion: they hardly differ
 )
-WIDE_RUN = 200  # rows of tasks from which on a list of them is kept for the next page
+WIDE_RUN = 200  # tasks from which on pages that follow each other do not look at each of them again
+FAULTS_NAMED = 100  # objects that cannot be shown which the log names
 SEARCH_SLICE = 50  # artifacts read at once by a search, between two messages of progress
 CONFIG_FILE_BYTES = 4 * MIB  # of a notifications, links or plugins file
 PLUGIN_FILE_BYTES = 32 * MIB  # of one file of a plugin
@@ -1247,10 +1241,13 @@ def _array_item(text: Optional[str]) -> str:
 
 
 def value_text(value: Any) -> Optional[str]:
-    """A metadata value as the text clients expect; a list becomes `{a,b}` as PostgreSQL prints arrays."""
+    """A metadata value as the text clients expect; a list becomes `{a,b}` as PostgreSQL prints arrays.
+
+    A list of lists is JSON: quotes within quotes would double with every level.
+    """
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, list):
+    if isinstance(value, list) and not any([isinstance(item, (list, dict)) for item in value]):
         return "{" + ",".join([_array_item(value_text(item)) for item in value]) + "}"
     return text_of(value, "value") if isinstance(value, (bool, int, float)) else json.dumps(value)
 
@@ -8014,24 +8011,200 @@ def admit(
 # ---- 11. Rows: what lists answer and subscriptions push ----
 
 
+class Target(NamedTuple):
+    """One kind of row below a flow, run, step or task; None is any. `newest`: only a task's newest attempt."""
+
+    kind: str
+    flow: Optional[str] = None
+    run: Optional[str] = None
+    step: Optional[str] = None
+    task: Optional[str] = None
+    newest: bool = False
+
+
+class Made(NamedTuple):
+    """A row as clients get it, with what names it within its object, and when it last changed (ms)."""
+
+    key: Any
+    changed_at: int
+    row: Record
+
+
 class Site:
-    """What handlers and the live engine need of one root; the reader reads its datastore."""
+    """All there is to know about one root; `rows` makes the rows of lists and of what subscriptions push.
 
-    __slots__ = ("store", "liveness", "settings", "reader")
+    Rows are made of nodes: those of metadata, artifacts and attempts of their tasks, parameters of their run.
+    """
 
-    def __init__(self, store: Store, liveness: Liveness, settings: Settings) -> None:
+    def __init__(
+        self,
+        store: Store,
+        liveness: Liveness,
+        settings: Settings,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.store = store
         self.liveness = liveness
         self.settings = settings
         # Metaflow puts included files beside .metaflow/data.
         self.reader = Reader(settings.metaflow_dir, [os.path.join(settings.root, "data")])
+        self._log = log
+        self._faults: Set[str] = set()
+
+    async def nodes(self, target: Target) -> List[Any]:
+        """What the rows of a target are made of, newest first."""
+        store, kind = self.store, target.kind
+        flows = await store.flows() if target.flow is None else _if_any(store.flow(target.flow))
+        if kind == "flows":
+            return flows
+        if target.run is None:
+            runs: List[RunNode] = []
+            for flow in flows:
+                runs += await store.runs(flow)
+            if len(flows) > 1:
+                runs.sort(key=_run_created, reverse=True)
+            return runs
+        run = store.run(target.flow or "", target.run)
+        if run is None or kind in ("runs", "parameters"):
+            return _if_any(run)
+        step = target.step
+        steps = store.steps(run)[::-1] if step is None else _if_any(store.step(run, step))
+        if kind == "steps":
+            return steps
+        if target.task is not None:
+            return [task for at in steps for task in _if_any(store.task(at, target.task))]
+        tasks: List[TaskNode] = []
+        for at in steps:
+            tasks += await store.tasks(at)
+        return tasks
+
+    async def rows(self, target: Target) -> List[Made]:
+        """The rows of a target, newest first."""
+        nodes = await self.nodes(target)
+        state = None
+        if nodes and target.kind in ("steps", "tasks"):
+            state = await self.state(nodes[0].run)
+        # The UI asks for page after page of a wide run: what was looked at a moment ago still holds.
+        known_since = time.monotonic() - (RECHECK_AFTER if len(nodes) > WIDE_RUN else 0)
+        pace, made = Pacer(), []
+        for node in nodes:
+            made += await self.rows_of(target.kind, node, state, known_since)
+            await pace()
+        if target.run is not None and target.kind in ("tasks", "metadata"):
+            made.sort(key=_made_created, reverse=True)
+        return made
+
+    async def rows_of(
+        self,
+        kind: str,
+        node: Any,
+        state: Optional[RunStatus] = None,
+        known_since: Optional[float] = None,
+    ) -> List[Made]:
+        """The rows of one node, newest first; none of one that cannot be read. `state`: its run's, if known.
+
+        Facts looked at after `known_since` (monotonic s) are not looked at again.
+        """
+        try:
+            if kind == "tasks":
+                facts = node.facts
+                if facts is None or known_since is None or node.checked < known_since:
+                    facts = self.store.facts(node)
+                if state is None and not attempt_is_over(facts):
+                    state = await self.state(node.run)
+                return _task_rows(self, node, facts, state)
+            if kind == "runs":
+                run = await self.store.check([node])
+                return [await _made_run(self, node)] if run else []
+            if kind == "metadata":
+                return _metadata_rows(node, await self.store.metadata(node))
+            if kind == "artifacts":
+                return _artifact_rows(node, await self.store.artifacts(node))
+            if kind == "parameters":
+                row = await self.reader.parameters(await parameter_records(self, node))
+                return [Made("", now_ms(), row)] if row else []
+            if kind == "steps":
+                return [await _made_step(self, node, state or await self.state(node.run))]
+            return [Made("", _ms(node.record or {}), flow_row(node.record or {}))]
+        except Exception as error:
+            # A directory deleted meanwhile, a record that is not what it should be, one that may not be read:
+            # all other rows are right, and the log names this one once.
+            if os.path.exists(node.path) and len(self._faults) < FAULTS_NAMED:
+                fault = f"no {kind} of {node.path}: {type(error).__name__}: {error}"
+                if fault not in self._faults:
+                    self._faults.add(fault)
+                    self._log(fault)
+            return []
+
+    async def state(self, run: RunNode) -> RunStatus:
+        """Status, finish and duration of a run."""
+        return await run_state(self, run)
+
+    async def details(self, task: TaskNode, made: List[Made]) -> List[Made]:
+        """Rows of a task with what its artifacts add: `unknown` settled by `_task_ok`, `foreach_label`."""
+        facts, memo = task.facts, task.memo
+        if facts is None or not made:
+            return made
+        for _, _, row in made:
+            number = row["attempt_id"]
+            attempt = facts.attempts.get(number)
+            if (
+                row["status"] == UNKNOWN
+                and number not in memo.ok
+                and attempt is not None
+                and attempt.task_ok_record
+            ):
+                record = {**attempt.task_ok_record, "flow_id": task.run.flow, "attempt_id": number}
+                value = (await self.reader.values([record]))[0]
+                memo.ok[number] = value if isinstance(value, bool) else None
+                memo.made = []
+        if not memo.made:
+            made = _task_rows(self, task, facts, await self.state(task.run))
+        label = await _foreach_label(self, task, facts)
+        if not label:
+            return made
+        return [one._replace(row={**one.row, "foreach_label": label}) for one in made]
 
 
-if TYPE_CHECKING:
-    _UiArgs = Sequence[Tuple[str, str]]
+def _if_any(node: Any) -> List[Any]:
+    return [] if node is None else [node]
 
 
-# -- rows of runs
+async def encode_rows(rows: Iterable[Mapping[str, Any]]) -> List[bytes]:
+    """Rows as JSON, without those that cannot be told in JSON; gives way, so that a long list stalls nobody."""
+    pace, parts = Pacer(), []
+    for row in rows:
+        try:
+            parts.append(dumps(row))
+        except (ValueError, RecursionError):
+            continue
+        await pace()
+    return parts
+
+
+def plain_values(args: Args, field: str) -> Optional[Set[str]]:
+    """The values that a filter `field=a,b` leaves possible, None when there is no such filter."""
+    values = [set(value.split(",")) for name, value in args if name in (field, field + ":eq")]
+    return set.intersection(*values) if values else None
+
+
+def narrowed(target: Target, args: Args) -> Target:
+    """The target within the one step that a filter names, so that a wide run's other tasks are not read."""
+    steps = plain_values(args, "step_name")
+    if target.run and not target.step and steps is not None and len(steps) == 1:
+        if target.kind in ("tasks", "metadata", "artifacts"):
+            return target._replace(step=steps.pop())
+    return target
+
+
+def asks_for_local_artifacts(target: Target, args: Args) -> bool:
+    """Whether this is the UI's question if a run keeps its artifacts locally (`?ds_type=local&_limit=1`).
+
+    It warns that they cannot be shown when the answer is not empty. Here they can, so the answer to exactly
+    this question, on a run, is that there are none.
+    """
+    local = [("_limit", "1"), ("ds_type", "local")]
+    return target.kind == "artifacts" and not target.step and sorted(args) == local
 
 
 class _RunMemo:
@@ -8143,79 +8316,86 @@ async def parameter_records(site: Site, run: RunNode) -> List[Record]:
     return records
 
 
-async def ui_parameters(site: Site, run: RunNode) -> Record:
-    """{name: {"value": value}} of a run, {} while there are none."""
-    records = await parameter_records(site, run)
-    return await site.reader.parameters(records)
+def _text(value: Any) -> Optional[str]:
+    return value if isinstance(value, str) else None
 
 
-def _own_number(id: str) -> Optional[str]:
+def _texts(value: Any) -> List[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+
+
+def _ms(record: Record) -> int:
+    at = record.get("ts_epoch")
+    return at if type(at) is int else 0
+
+
+def _made_created(made: Made) -> int:
+    return made.row["ts_epoch"] or 0
+
+
+def _run_created(run: RunNode) -> int:
+    return _ms(run.self_record)
+
+
+def _id_text(id: str) -> Optional[str]:
     """`run_id` or `task_name`: the text of an id that is no number, None for a number."""
     return None if is_number(id) else id
 
 
-def _list_of(record: Record, key: str) -> List[Any]:
-    """Tags as a list always: the UI's header crashes on null."""
-    tags = record.get(key)
-    return tags if isinstance(tags, list) else []
-
-
-# How each column of a run follows from its record alone. The others need its status.
-RUN_RECORD_COLUMNS: Dict[str, Callable[[RunNode], Any]] = {
-    "flow_id": lambda run: run.flow,
-    "run_number": lambda run: public_id(run.id),
-    "run_id": lambda run: _own_number(run.id),
-    "user_name": lambda run: run.self_record.get("user_name"),
-    "user": lambda run: verified_user(run.self_record),
-    "run": lambda run: run.id,
-    "ts_epoch": lambda run: run.self_record.get("ts_epoch"),
-    "tags": lambda run: _list_of(run.self_record, "tags"),
-    "system_tags": lambda run: _list_of(run.self_record, "system_tags"),
+# How each column of a row of /runs is made. Only those of JUDGED need the run's tasks to be read.
+RUN_COLUMNS: Mapping[str, Callable[[Site, RunNode, RunStatus], Any]] = {
+    "flow_id": lambda site, run, state: run.flow,
+    "run_number": lambda site, run, state: public_id(run.id),
+    "run_id": lambda site, run, state: _id_text(run.id),
+    "user_name": lambda site, run, state: run.self_record.get("user_name"),
+    "user": lambda site, run, state: verified_user(run.self_record),
+    "run": lambda site, run, state: run.id,
+    "status": lambda site, run, state: state.status,
+    "ts_epoch": lambda site, run, state: run.self_record.get("ts_epoch"),
+    "finished_at": lambda site, run, state: state.finished_at,
+    "duration": lambda site, run, state: state.duration,
+    "last_heartbeat_ts": lambda site, run, state: site.liveness.last_heartbeat(run),
+    # Tags are a list always: the UI's header crashes on null.
+    "tags": lambda site, run, state: _texts(run.self_record.get("tags")),
+    "system_tags": lambda site, run, state: _texts(run.self_record.get("system_tags")),
 }
+JUDGED = frozenset(("status", "finished_at", "duration"))
+_NOT_JUDGED = RunStatus("", None, None)
 
 
-def make_run_row(run: RunNode, state: RunStatus, heartbeat: Optional[int]) -> Record:
-    """A row of /runs; heartbeat in s."""
-    record = run.self_record
-    return {
-        "flow_id": run.flow,
-        "run_number": public_id(run.id),
-        "run_id": _own_number(run.id),
-        "user_name": record.get("user_name"),
-        "user": verified_user(record),
-        "run": run.id,
-        "status": state.status,
-        "ts_epoch": record.get("ts_epoch"),
-        "finished_at": state.finished_at,
-        "duration": state.duration,
-        "last_heartbeat_ts": heartbeat,
-        "tags": _list_of(record, "tags"),
-        "system_tags": _list_of(record, "system_tags"),
-    }
+async def run_view(
+    site: Site, run: RunNode, columns: Collection[str], *, cheap: bool = False
+) -> Record:
+    """Some columns of a run's row; `cheap` believes that a completed run still is."""
+    judge = not JUDGED.isdisjoint(columns)
+    state = await run_state(site, run, cheap=cheap) if judge else _NOT_JUDGED
+    return {name: RUN_COLUMNS[name](site, run, state) for name in columns}
 
 
-async def ui_run_row(site: Site, run: RunNode, *, cheap: bool = False) -> Record:
-    """A row of /runs: run_number and null as run_id, or the string id as both; `run` is its text."""
-    state = await run_state(site, run, cheap=cheap)
-    return make_run_row(run, state, site.liveness.last_heartbeat(run))
+async def _made_run(site: Site, run: RunNode) -> Made:
+    row = await run_view(site, run, RUN_COLUMNS)
+    running = row["status"] == RUNNING
+    return Made("", now_ms() if running else max(run_touched(run), row["finished_at"] or 0), row)
 
 
-# -- rows of steps, tasks and what they carry
+def run_touched(run: RunNode) -> int:
+    """When a run was made or its tags were changed (ms)."""
+    written = run.sig[0] // 1_000_000 if run.sig else 0
+    return max(_run_created(run), written)
 
 
-async def ui_step_row(site: Site, step: StepNode, state: RunStatus) -> Record:
-    """A row of .../steps; `state` is the run's. run_id is the text of the run's number here, as recorded."""
+async def _made_step(site: Site, step: StepNode, state: RunStatus) -> Made:
+    """A row of .../steps. run_id is the text of the run's number here, as the real service has it."""
     pace, known, running = Pacer(), [], False
     for task in await site.store.tasks(step):
         facts = site.store.facts(task)
         known.append(facts)
         if not running and state.status == RUNNING and not attempt_is_over(facts):
-            rows = ui_task_rows(site, task, facts, state)
-            running = rows[-1]["status"] == RUNNING
+            running = _task_rows(site, task, facts, state)[0].row["status"] == RUNNING
         await pace()
     record, run = step.record or {}, step.run
     created = record.get("ts_epoch")
-    return {
+    row = {
         "flow_id": run.flow,
         "run_number": public_id(run.id),
         "run_id": run.id,
@@ -8223,25 +8403,23 @@ async def ui_step_row(site: Site, step: StepNode, state: RunStatus) -> Record:
         "user_name": record.get("user_name"),
         "ts_epoch": created,
         "duration": step_duration(created, known, now_ms(), running=running),
-        "tags": _list_of(run.self_record, "tags"),
-        "system_tags": _list_of(run.self_record, "system_tags"),
+        "tags": _texts(run.self_record.get("tags")),
+        "system_tags": _texts(run.self_record.get("system_tags")),
     }
+    return Made("", created or 0, row)
 
 
 class _TaskMemo:
-    """The rows of a task whose newest attempt is over, as long as its facts, heartbeat and run record stay.
+    """What is kept of a task: the rows of one whose newest attempt is over, as long as `proof` stays.
 
     ok: what `_task_ok` artifacts said, by attempt. label: the foreach label, "" for none, None if not known.
     """
 
-    __slots__ = ("stamp", "beat", "record", "rows", "encoded", "ok", "label")
+    __slots__ = ("proof", "made", "ok", "label")
 
     def __init__(self) -> None:
-        self.stamp = (-1, -1)
-        self.beat: Optional[int] = None
-        self.record: Optional[Record] = None
-        self.rows: List[Record] = []
-        self.encoded: List[bytes] = []
+        self.proof: Any = None
+        self.made: List[Made] = []
         self.ok: Dict[int, Optional[bool]] = {}
         self.label: Optional[str] = None
 
@@ -8251,69 +8429,41 @@ def attempt_is_over(facts: TaskFacts) -> bool:
     if not facts.attempts:
         return False
     last = facts.attempts[max(facts.attempts)]
-    return (
-        last.ok is not None
-        or last.ok_at is not None
-        or last.done_at is not None
-        or last.task_ok_at is not None
-    )
+    return last.finished or last.ok is not None or last.task_ok_at is not None
 
 
-def ui_task_rows(
-    site: Site,
-    task: TaskNode,
-    facts: TaskFacts,
-    state: Optional[RunStatus],
-) -> List[Record]:
-    """The rows of a task, one per attempt, oldest first; `facts` fresh from the store, `state` the run's.
-
-    Rows of finished tasks are remembered: do not change them.
-    """
+def _task_rows(
+    site: Site, task: TaskNode, facts: TaskFacts, state: Optional[RunStatus]
+) -> List[Made]:
+    """A row per attempt, the newest first; those of finished tasks are remembered: do not change them."""
     memo = task.memo
-    run_record = task.run.record
-    if type(memo) is _TaskMemo:
-        if (
-            memo.rows
-            and memo.stamp == (facts.changed_at, len(task.read))
-            and memo.beat == facts.heartbeat
-            and memo.record is run_record
-        ):
-            return memo.rows
-    else:
+    if memo is None:
         memo = task.memo = _TaskMemo()
+    proof = (*facts_stamp(task, facts), facts.heartbeat, task.run.record)
+    if memo.made and memo.proof == proof:
+        return memo.made  # type: ignore[no-any-return]
     statuses = attempt_rows(
-        facts, now_ms(), lambda attempt: site.liveness.alive(task, attempt),
+        facts,
+        now_ms(),
+        lambda attempt: site.liveness.alive(task, attempt),
         run_ended=None if state is None else state.status != RUNNING,
         run_finished_at=None if state is None else state.finished_at,
-        task_ok=memo.ok.get, parameters=task.step.name == "_parameters", cutoff=site.settings.run_cutoff,
+        task_ok=memo.ok.get,
+        parameters=task.step.name == "_parameters",
+        cutoff=site.settings.run_cutoff,
         local_cutoff=site.settings.local_cutoff,
-    )  # fmt: skip
-    rows = [
-        _ui_attempt_row(task, facts, status, site.liveness.last_heartbeat(task))
-        for status in statuses
-    ]
-    memo.encoded = []
-    if attempt_is_over(facts):
-        memo.stamp, memo.beat = facts_stamp(task, facts), facts.heartbeat
-        memo.record, memo.rows = run_record, rows
-    else:
-        memo.rows = []
-    return rows
+    )
+    made = [_task_row(site, task, facts, status) for status in reversed(statuses)]
+    memo.proof, memo.made = proof, made if attempt_is_over(facts) else []
+    return made
 
 
-def _ui_attempt_row(
-    task: TaskNode, facts: TaskFacts, status: AttemptStatus, heartbeat: Optional[int]
-) -> Record:
+def _task_row(site: Site, task: TaskNode, facts: TaskFacts, status: AttemptStatus) -> Made:
     run, record = task.run, task.self_record
     attempt = facts.attempts.get(status.attempt_id)
     task_ok = attempt.task_ok_record if attempt is not None and attempt.ok_at is None else None
-    return {
-        "flow_id": run.flow,
-        "run_number": public_id(run.id),
-        "run_id": _own_number(run.id),
-        "step_name": task.step.name,
-        "task_id": public_id(task.id),
-        "task_name": _own_number(task.id),
+    row = {
+        **_task_columns(task),
         "user_name": record.get("user_name"),
         "status": status.status,
         "task_ok": task_ok.get("location") if task_ok else None,
@@ -8322,53 +8472,30 @@ def _ui_attempt_row(
         "finished_at": status.finished_at,
         "duration": status.duration,
         "attempt_id": status.attempt_id,
-        "tags": _list_of(run.self_record, "tags"),
-        "system_tags": _list_of(run.self_record, "system_tags"),
-        "last_heartbeat_ts": heartbeat,
+        "tags": _texts(run.self_record.get("tags")),
+        "system_tags": _texts(run.self_record.get("system_tags")),
+        "last_heartbeat_ts": site.liveness.last_heartbeat(task),
+    }
+    if status.status in (RUNNING, PENDING):
+        return Made(status.attempt_id, now_ms(), row)
+    changed = max(status.started_at or row["ts_epoch"] or 0, status.finished_at or 0)
+    return Made(status.attempt_id, changed, row)
+
+
+def _task_columns(task: TaskNode) -> Record:
+    """The columns that say which task a row belongs to."""
+    run = task.run
+    return {
+        "flow_id": run.flow,
+        "run_number": public_id(run.id),
+        "run_id": _id_text(run.id),
+        "step_name": task.step.name,
+        "task_id": public_id(task.id),
+        "task_name": _id_text(task.id),
     }
 
 
-def encoded_task_rows(task: TaskNode, rows: List[Record]) -> List[bytes]:
-    """`ui_task_rows`' rows as JSON; encoded once for those that are remembered."""
-    memo = task.memo
-    if type(memo) is _TaskMemo and memo.rows is rows:
-        if not memo.encoded:
-            memo.encoded = [dumps(row) for row in rows]
-        return memo.encoded
-    return [dumps(row) for row in rows]
-
-
-async def ui_task_details(
-    site: Site,
-    task: TaskNode,
-    facts: TaskFacts,
-    state: Optional[RunStatus],
-) -> List[Record]:
-    """`ui_task_rows` and what `postprocess=true` adds: `unknown` settled by `_task_ok`, `foreach_label`."""
-    rows = ui_task_rows(site, task, facts, state)
-    memo = task.memo
-    asked = False
-    for row in rows:
-        number = row["attempt_id"]
-        attempt = facts.attempts.get(number)
-        if (
-            row["status"] == UNKNOWN
-            and number not in memo.ok
-            and attempt is not None
-            and attempt.task_ok_record
-        ):
-            record = {**attempt.task_ok_record, "flow_id": task.run.flow, "attempt_id": number}
-            value = (await site.reader.values([record]))[0]
-            memo.ok[number] = value if isinstance(value, bool) else None
-            asked = True
-    if asked:
-        memo.rows = []
-        rows = ui_task_rows(site, task, facts, state)
-    label = await _label_of(site, task, facts)
-    return [{**row, "foreach_label": label} for row in rows] if label else rows
-
-
-async def _label_of(site: Site, task: TaskNode, facts: TaskFacts) -> str:
+async def _foreach_label(site: Site, task: TaskNode, facts: TaskFacts) -> str:
     """`<task id>[<index>]`, "" outside of a foreach; from metadata, for older Metaflow from an artifact."""
     memo = task.memo
     if memo.label is not None:
@@ -8393,66 +8520,52 @@ _METAFLOW_VERSION = re.compile(r"metaflow_version:(\d+)\.(\d+)\.(\d+)")
 
 def _tells_foreach(run: RunNode) -> bool:
     """Whether the run's Metaflow writes the foreach path of every task it runs as metadata: from 2.14.1 on."""
-    for tag in _list_of(run.self_record, "system_tags"):
-        found = _METAFLOW_VERSION.match(tag) if isinstance(tag, str) else None
+    for tag in _texts(run.self_record.get("system_tags")):
+        found = _METAFLOW_VERSION.match(tag)
         if found:
             return tuple(int(part) for part in found.groups()) >= (2, 14, 1)
     return False
 
 
-def ui_metadata_row(record: Record) -> Record:
-    """A row of .../metadata; attempt_id from the record's `attempt_id:N` tag, null without one."""
-    run, task = str(record.get("run_number")), str(record.get("task_id"))
-    return {
-        "id": record.get("id"),
-        "flow_id": record.get("flow_id"),
-        "run_number": public_id(run),
-        "run_id": _own_number(run),
-        "step_name": record.get("step_name"),
-        "task_id": public_id(task),
-        "task_name": _own_number(task),
-        "attempt_id": attempt_of_tags(record.get("tags")),
-        "field_name": str(record.get("field_name")),  # the UI's task page crashes on null
-        "value": value_text(record.get("value")),
-        "type": record.get("type"),
-        "user_name": record.get("user_name"),
-        "ts_epoch": record.get("ts_epoch"),
-        "tags": record.get("tags"),
-        "system_tags": record.get("system_tags"),
-    }
+def _metadata_rows(task: TaskNode, records: Iterable[Record]) -> List[Made]:
+    """Rows of .../metadata; attempt_id from the record's `attempt_id:N` tag, null without one."""
+    place, made = _task_columns(task), []
+    for record in records:
+        tags, system_tags = record.get("tags"), record.get("system_tags")
+        row = {
+            "id": record.get("id"),
+            **place,
+            "attempt_id": attempt_of_tags(tags),
+            "field_name": str(record.get("field_name")),  # the UI's task page crashes on null
+            "value": _metadata_value(record),
+            "type": _text(record.get("type")),
+            "user_name": _text(record.get("user_name")),
+            "ts_epoch": _ms(record),
+            "tags": None if tags is None else _texts(tags),
+            "system_tags": None if system_tags is None else _texts(system_tags),
+        }
+        made.append(Made(row["id"], row["ts_epoch"], row))
+    return made
 
 
-def ui_artifact_row(record: Record, run: RunNode) -> Record:
-    """A row of .../artifacts; tags are the run's."""
-    task = str(record.get("task_id"))
-    return {
-        "flow_id": run.flow,
-        "run_number": public_id(run.id),
-        "run_id": _own_number(run.id),
-        "step_name": record.get("step_name"),
-        "task_id": public_id(task),
-        "task_name": _own_number(task),
-        "name": record.get("name"),
-        "location": record.get("location"),
-        "ds_type": record.get("ds_type"),
-        "sha": record.get("sha"),
-        "type": record.get("type"),
-        "content_type": record.get("content_type"),
-        "user_name": record.get("user_name"),
-        "attempt_id": record.get("attempt_id"),
-        "ts_epoch": record.get("ts_epoch"),
-        "tags": _list_of(run.self_record, "tags"),
-        "system_tags": _list_of(run.self_record, "system_tags"),
-    }
+def _metadata_value(record: Record) -> Optional[str]:
+    try:
+        return value_text(record.get("value"))
+    except (ValueError, RecursionError):
+        return None  # nested too deeply for any text
 
 
-def asks_for_local_artifacts(args: _UiArgs) -> bool:
-    """Whether this is the UI's question if a run keeps its artifacts locally (`?ds_type=local&_limit=1`).
-
-    It warns that they cannot be shown when the answer is not empty. Here they can, so the answer to exactly
-    this question, on a run, is that there are none.
-    """
-    return sorted(args) == [("_limit", "1"), ("ds_type", "local")]
+def _artifact_rows(task: TaskNode, records: Iterable[Record]) -> List[Made]:
+    """Rows of .../artifacts, of all attempts; tags are the run's."""
+    place, own, made = _task_columns(task), task.run.self_record, []
+    tags = {name: _texts(own.get(name)) for name in ("tags", "system_tags")}
+    for record in records:
+        row = {**place, "name": record["name"]}
+        for name in ("location", "ds_type", "sha", "type", "content_type", "user_name"):
+            row[name] = _text(record.get(name))
+        row.update(attempt_id=record["attempt_id"], ts_epoch=_ms(record), **tags)
+        made.append(Made((row["attempt_id"], row["name"]), row["ts_epoch"], row))
+    return made
 
 
 # ---- 12. Metadata API: what Metaflow's client asks (metaflow-service, its metadata part) ----
@@ -8460,11 +8573,7 @@ def asks_for_local_artifacts(args: _UiArgs) -> bool:
 
 async def encode_list(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """A JSON list, encoded in slices so that a long one does not hold up the other clients."""
-    pace, parts = Pacer(), []
-    for row in rows:
-        parts.append(dumps(row))
-        await pace()
-    return b"[" + b", ".join(parts) + b"]"
+    return b"[" + b", ".join(await encode_rows(rows)) + b"]"
 
 
 # -- handlers
@@ -8987,12 +9096,19 @@ def register_metadata_routes(router: Router, api: MetadataApi) -> None:
 
 
 # ---- 13. Live: subscriptions to what changes ----
+#
+# 1. A subscription is a query asked again. All subscriptions to one target share a Watch, which holds the rows
+#    that its subscribers know and compares them with the rows as they are now: only differences are pushed.
+# 2. An event of the store marks an object; its rows are made again COALESCE s later, so that what one request
+#    writes about one task is one frame, and no frame is older than the one before it.
+# 3. No event tells what local mode writes and what time alone changes: every WATCH_INTERVAL s the rows of what
+#    is not settled are made again, and objects that were not there before are found.
 
 
 if TYPE_CHECKING:
 
     class UiSocket(Protocol):
-        """What sections 12 and 13 need of an open WebSocket."""
+        """What the live engine and the search need of an open WebSocket."""
 
         @property
         def request(self) -> Request:
@@ -9008,42 +9124,29 @@ if TYPE_CHECKING:
             """Begins the closing handshake."""
 
 
-class _Target(NamedTuple):
-    """What a resource's path names; `newest`: only a task's newest attempt."""
-
-    kind: str
-    flow: Optional[str] = None
-    run: Optional[str] = None
-    step: Optional[str] = None
-    task: Optional[str] = None
-    newest: bool = False
-
-
-def _target(kind: str, ids: Sequence[str], newest: bool = False) -> _Target:
-    flow, run, step, task = (*ids, None, None, None, None)[:4]
-    return _Target(kind, flow, run, step, task, newest)
-
-
 _OF_RUN = frozenset(("steps", "tasks", "metadata", "artifacts", "parameters"))
 
 
-def parse_resource(path: str) -> Optional[_Target]:
-    """The target of a subscription (api 4.3), None for a path of which nothing is ever told. Problem(400)."""
+def _target(kind: str, ids: Sequence[str], newest: bool = False) -> Target:
+    flow, run, step, task = (*ids, None, None, None, None)[:4]
+    return Target(kind, flow, run, step, task, newest)
+
+
+def parse_resource(path: str) -> Optional[Target]:
+    """The target of a subscription, None for a path of which nothing is ever told. Raises Problem(400)."""
     parts = [percent_decode(part) for part in path.split("/")]
     if parts.pop(0) or not all(parts):
         return None
     names, ids = parts[0::2], parts[1::2]
+    whole = len(ids) == len(names)  # the path ends with an id, not with a kind
     if names == ["flows"] or parts == ["runs"]:
         return _target(names[0], ids)
     if names[:2] != ["flows", "runs"]:
         return None
     if len(names) == 2:
         return _target("runs", ids)
-    whole = len(ids) == len(names)
-    if len(names) == 3 and names[2] in _OF_RUN:
-        if not whole:
-            return _target(names[2], ids)
-        return _target("steps", ids) if names[2] == "steps" else None
+    if len(names) == 3 and names[2] in _OF_RUN and (names[2] == "steps" or not whole):
+        return _target(names[2], ids)
     if names[2] == "steps" and len(names) == 4 and names[3] in ("tasks", "artifacts"):
         if not whole:
             return _target(names[3], ids)
@@ -9055,7 +9158,7 @@ def parse_resource(path: str) -> Optional[_Target]:
 
 
 class Client:
-    """One WebSocket and what it subscribes to, by uuid. Made by Subscriptions.connect."""
+    """One WebSocket and what it subscribes to, by uuid."""
 
     __slots__ = ("socket", "subscriptions")
 
@@ -9065,19 +9168,9 @@ class Client:
 
 
 class _Subscription:
-    """One SUBSCRIBE: `resource` without the query, `contents`: artifact rows with their values."""
+    """One SUBSCRIBE: `resource` without its query; `target` None where nothing is ever told."""
 
-    __slots__ = (
-        "client",
-        "uuid",
-        "resource",
-        "target",
-        "filters",
-        "contents",
-        "only_step",
-        "active",
-        "begun",
-    )
+    __slots__ = ("client", "uuid", "resource", "target", "filters", "active")
 
     def __init__(self, client: Client, uuid: str, resource: str) -> None:
         path, _, query = resource.partition("?")
@@ -9085,29 +9178,14 @@ class _Subscription:
         self.client = client
         self.uuid = uuid
         self.resource = path
-        self.target = parse_resource(path)
-        target = self.target
-        if (
-            target is not None
-            and target.kind == "artifacts"
-            and not target.step
-            and asks_for_local_artifacts(args)
-        ):
-            self.target = None
-        columns = UI_COLUMNS.get(target.kind, {}) if target else {}
-        self.filters = parse_filters(args, columns)
-        self.contents = ("postprocess", "true") in args
-        steps = [value for name, value in args if name == "step_name" and "," not in value]
-        self.only_step = target.step if target and target.step else steps[0] if steps else None
         self.active = True
-        self.begun = now_ms()
-
-    def covers(self, task: TaskNode) -> bool:
-        """Whether the path, or a plain filter on the step, lets a task of its run through."""
-        target = self.target
-        if target is None or (self.only_step is not None and self.only_step != task.step.name):
-            return False
-        return target.task is None or target.task == task.id
+        self.target = parse_resource(path)
+        if self.target is not None:
+            local = asks_for_local_artifacts(self.target, args)
+            self.target = None if local else narrowed(self.target, args)
+        self.filters = parse_filters(
+            args, UI_COLUMNS.get(self.target.kind, {}) if self.target else {}
+        )
 
     def send(self, kind: str, row: Record, text: str) -> None:
         """Sends a row (`text` = its JSON) if it passes the filters."""
@@ -9115,119 +9193,133 @@ class _Subscription:
             frame = '{"type": "%s", "uuid": %s, "resource": %s, "data": %s}' % (
                 kind, dumps(self.uuid).decode(), dumps(self.resource).decode(), text,
             )  # fmt: skip
-            if not self.client.socket.send_text(frame):
-                self.active = False
+            self.active = self.client.socket.send_text(frame)
 
 
-class _Look:
-    """What was there of a run when somebody subscribed to a part of it, and what has been seen since.
+class Watch:
+    """What the subscribers to one target know, and what of it may have changed.
 
-    tasks: stamp of each task's facts, None once its directory is not looked at any more. seen: the rows of
-    (kind, task) that subscribers have been told of or could read for themselves; begun in ms.
+    known: the rows of each node by key; None where nobody has looked at a node that was there at the beginning.
+    settled: nodes of which nothing changes without an event. replays: subscriptions with the ms from which on.
     """
 
-    __slots__ = ("steps", "tasks", "seen", "begun", "due")
+    __slots__ = (
+        "target", "subscriptions", "known", "settled", "dirty", "replays", "begun", "primed", "wake", "task",
+        "next_look", "state", "judged",
+    )  # fmt: skip
 
-    def __init__(self, begun: int) -> None:
-        self.steps: Set[StepNode] = set()
-        self.tasks: Dict[TaskNode, Optional[Tuple[int, int]]] = {}
-        self.seen: Dict[Tuple[str, TaskNode], Set[Any]] = {}
-        self.begun = begun
-        self.due = 0.0
+    def __init__(self, target: Target, wake: asyncio.Event) -> None:
+        self.target = target
+        self.subscriptions: Dict[_Subscription, None] = {}
+        self.known: Dict[Any, Optional[Dict[Any, Record]]] = {}
+        self.settled: Set[Any] = set()
+        self.dirty: Dict[Any, None] = {}
+        self.replays: List[Tuple[_Subscription, int]] = []
+        self.begun = now_ms()
+        self.primed = False
+        self.wake = wake
+        self.task: Optional[asyncio.Task[None]] = None
+        self.next_look = 0.0
+        self.state: Optional[RunStatus] = None  # of the run, as it was at `judged` (monotonic s)
+        self.judged = 0.0
+
+    @property
+    def status(self) -> Optional[str]:
+        """The last known status of the run."""
+        return self.state.status if self.state else None
+
+    @property
+    def place(self) -> Tuple[Optional[str], Optional[str]]:
+        """Flow and run."""
+        return self.target.flow, self.target.run
+
+    def mark(self, event: Event) -> None:
+        """Notes the object of an event whose rows may differ now."""
+        kind, run, step, task = self.target.kind, event.run, event.step, event.task
+        node: Any = None
+        if kind == "flows":
+            node = event.flow if event.kind == "flow" else None
+        elif kind == "runs":
+            node = run if run is not None and _moves_run(event) else None
+        elif kind == "steps":
+            node = step if event.kind == "step" else None
+        elif kind == "parameters":
+            node = run if step is not None and _tells_parameters(event) else None
+        elif kind == "tasks" or event.kind in (kind, kind[:-1]):
+            node = task
+        if event.kind == "signs":
+            self.judged = 0.0
+            if kind == "tasks" and task is None:
+                self.dirty.update(dict.fromkeys(self.unfinished()))
+        if node is None or self.target.step not in (None, step and step.name):
+            return
+        if self.target.task in (None, task and task.id):
+            self.dirty[node] = None
+
+    def unfinished(self) -> List[Any]:
+        """The tasks with an attempt that was not over."""
+        return [
+            node
+            for node, rows in self.known.items()
+            if rows and any([row["finished_at"] is None for row in rows.values()])
+        ]
 
 
-class _Job:
-    """One object of which something may have to be told."""
-
-    __slots__ = ("kind", "node", "new", "quiet", "attempts", "rows", "diff")
-
-    def __init__(self, kind: str, node: Any) -> None:
-        self.kind = kind
-        self.node = node
-        self.new = False
-        self.quiet = False  # nothing is known to have changed: tell only what differs
-        self.attempts: Dict[int, bool] = {}  # attempt -> whether it is new
-        self.rows: List[Record] = []
-        self.diff = False  # look for new rows on disk
-
-
-class _Order(NamedTuple):
-    """Something to be done between events: baseline or replay of a subscription."""
-
-    what: str
-    subscription: Optional[_Subscription] = None
-    since: float = 0.0
+def _moves_run(event: Event) -> bool:
+    """Whether a run's row may differ; a large run, whose status takes long to find, waits for the next look."""
+    if event.kind in ("run", "tags", "signs"):
+        return True
+    run = event.run
+    if run is None or event.kind not in ("task", "metadata"):
+        return False
+    if sum([len(step.children) for step in run.children.values()]) <= RUN_AT_ONCE:
+        return True
+    last = event.step is not None and event.step.name == "end"
+    return any(
+        row.get("field_name") == "attempt_ok" and (last or truth(row.get("value")) is False)
+        for row in event.rows
+    )
 
 
-if TYPE_CHECKING:
-    _Pending = Union[Event, _Order]
-_ROW_KINDS = ("metadata", "artifacts")
+def _tells_parameters(event: Event) -> bool:
+    named = event.step is not None and event.step.name == "_parameters"
+    return event.kind == "artifact" if named else event.kind == "step"
 
 
 class Subscriptions:
-    """Tells the clients of /api/ws what changes: whole rows, filtered, each object's in true order.
+    """The clients of the UI's WebSocket. Without subscriptions an event costs one comparison."""
 
-    The store's events only go into a queue; one task takes them out in bundles, makes the rows as they are
-    then, and sends those that differ from what was sent last. So a frame is never older than one before it.
-    Another task looks at what local mode writes and at what changes by time alone. Both live only while
-    somebody subscribes; without subscribers an event costs one comparison.
-    """
-
-    def __init__(
-        self,
-        site: Site,
-        log: Optional[Callable[[str], None]] = None,
-    ) -> None:
+    def __init__(self, site: Site, log: Callable[[str], None] = lambda text: None) -> None:
         self._site = site
-        self._store = site.store
-        self._log = log or (lambda text: None)
-        self._index: Dict[Tuple[str, Optional[str], Optional[str]], Dict[_Subscription, None]] = {}
-        self._count = 0
-        self._pending: collections.deque[_Pending] = collections.deque()
-        self._wake: Optional[asyncio.Event] = None
-        self._tasks: List[asyncio.Task[None]] = []
-        self._forget()
+        self._log = log
+        self._watches: Dict[Tuple[Optional[str], Optional[str]], Dict[Target, Watch]] = {}
         site.store.listeners.append(self._listen)
 
     def runs(self) -> Set[RunNode]:
         """The runs that somebody has open."""
-        return set(self._looks)
+        found = [self._site.store.run(*place) for place in self._watches if all(place)]  # type: ignore[arg-type]
+        return {run for run in found if run is not None}
 
-    def _forget(self) -> None:
-        """Everything remembered for the sake of subscribers."""
-        self._pending.clear()
-        # (kind, node) -> (hash of the row, whether it was told), for tasks by attempt
-        self._sent: Dict[Tuple[str, Any], Any] = {}
-        self._looks: Dict[RunNode, _Look] = {}
-        self._known: Set[Union[FlowNode, RunNode]] = set()
-        self._recent: Dict[RunNode, float] = {}  # run -> when to judge it again (monotonic s)
-        self._late: Dict[RunNode, None] = {}
-        self._absent: Set[Tuple[str, str]] = (
-            set()
-        )  # (flow, run) that are subscribed to and not there yet
-        self._states: Dict[RunNode, Tuple[float, RunStatus]] = {}
-        self._primed = False
+    def _listen(self, event: Event) -> None:
+        if not self._watches:
+            return
+        flow = event.flow.name
+        run = event.run.id if event.run is not None else None
+        for place in {(None, None), (flow, None), (flow, run)}:
+            for watch in self._watches.get(place, {}).values():
+                watch.mark(event)
+                if watch.dirty:
+                    watch.wake.set()
 
     # -- clients
-
-    def connect(self, socket: UiSocket) -> Client:
-        """A new client; give its messages to `receive` and end with `disconnect`."""
-        return Client(socket)
 
     def disconnect(self, client: Client) -> None:
         """Ends all subscriptions of a client."""
         for subscription in list(client.subscriptions.values()):
             self._remove(subscription)
 
-    @property
-    def clients(self) -> int:
-        """How many clients have a subscription."""
-        return len(
-            {id(subscription.client) for subs in self._index.values() for subscription in subs}
-        )
-
     def receive(self, client: Client, text: str) -> None:
-        """One message: `__ping__`, SUBSCRIBE or UNSUBSCRIBE; anything else is ignored (api 4.1)."""
+        """One message: `__ping__`, SUBSCRIBE or UNSUBSCRIBE; anything else is ignored."""
         if text == "__ping__":
             client.socket.send_text("__pong__")
             return
@@ -9236,731 +9328,285 @@ class Subscriptions:
             if not isinstance(message, dict) or not isinstance(message.get("uuid"), str):
                 return
             uuid, resource = message["uuid"], message.get("resource")
-            if message.get("type") == "UNSUBSCRIBE":
-                self._unsubscribe(client, uuid)
-            elif message.get("type") == "SUBSCRIBE" and isinstance(resource, str):
-                self._unsubscribe(client, uuid)
+            subscribes = message.get("type") == "SUBSCRIBE" and isinstance(resource, str)
+            if not subscribes and message.get("type") != "UNSUBSCRIBE":
+                return
+            if uuid in client.subscriptions:
+                self._remove(client.subscriptions[uuid])
+            if subscribes and isinstance(resource, str):
                 small = len(uuid) <= WS_MAX_UUID and len(resource) <= WS_MAX_RESOURCE
                 if small and len(client.subscriptions) < WS_MAX_SUBSCRIPTIONS:
-                    self._subscribe(
-                        client, _Subscription(client, uuid, resource), message.get("since")
-                    )
+                    subscription = _Subscription(client, uuid, resource)
+                    self._add(subscription, message.get("since"))
         except Problem:
             return
 
-    def _unsubscribe(self, client: Client, uuid: str) -> None:
-        old = client.subscriptions.get(uuid)
-        if old is not None:
-            self._remove(old)
+    def _add(self, subscription: _Subscription, since: Any) -> None:
+        import asyncio
 
-    def _subscribe(self, client: Client, subscription: _Subscription, since: Any) -> None:
-        client.subscriptions[subscription.uuid] = subscription
+        subscription.client.subscriptions[subscription.uuid] = subscription
         target = subscription.target
         if target is None:
-            return  # accepted and silent, as recorded
-        self._index.setdefault((target.kind, target.flow, target.run), {})[subscription] = None
-        self._count += 1
-        self._start()
-        self._put(_Order("baseline", subscription))
+            return
+        watches = self._watches.setdefault((target.flow, target.run), {})
+        watch = watches.get(target)
+        if watch is None:
+            watch = watches[target] = Watch(target, asyncio.Event())
+            watch.task = asyncio.ensure_future(self._follow(watch))
+        watch.subscriptions[subscription] = None
         begin = _since_seconds(since)
         if begin is not None:
-            self._put(_Order("replay", subscription, begin))
+            begin = max(begin - UNNOTICED, time.time() - REPLAY_SECONDS)
+            watch.replays.append((subscription, int(min(begin, time.time()) * 1000)))
+        watch.wake.set()
 
     def _remove(self, subscription: _Subscription) -> None:
         subscription.active = False
         subscription.client.subscriptions.pop(subscription.uuid, None)
         target = subscription.target
-        if target is None:
+        watches = self._watches.get((target.flow, target.run), {}) if target else {}
+        watch = watches.get(target) if target else None
+        if watch is None or target is None:
             return
-        key = (target.kind, target.flow, target.run)
-        subscriptions = self._index.get(key, {})
-        if subscriptions.pop(subscription, self) is self:
-            return
-        if not subscriptions:
-            del self._index[key]
-        self._count -= 1
-        if not self._count:
-            self.stop()
-
-    def _start(self) -> None:
-        if self._tasks:
-            return
-        import asyncio
-
-        self._wake = asyncio.Event()
-        self._tasks = [
-            asyncio.ensure_future(self._work(self._wake)),
-            asyncio.ensure_future(self._watch()),
-        ]
+        watch.subscriptions.pop(subscription, None)
+        if not watch.subscriptions:
+            del watches[target]
+            if not watches:
+                del self._watches[watch.place]
+            if watch.task is not None:
+                watch.task.cancel()
 
     def stop(self) -> None:
-        """Stops telling anything, until the next SUBSCRIBE."""
-        for task in self._tasks:
-            task.cancel()
-        self._tasks, self._wake = [], None
-        self._forget()
+        """Ends all watching."""
+        for watches in self._watches.values():
+            for watch in watches.values():
+                if watch.task is not None:
+                    watch.task.cancel()
+        self._watches = {}
 
-    # -- events
+    # -- watching
 
-    def _listen(self, event: Event) -> None:
-        if self._wake is not None:
-            self._pending.append(event)
-            if len(self._pending) == 1:
-                self._wake.set()
-
-    def _put(self, item: _Pending) -> None:
-        self._pending.append(item)
-        if self._wake is not None:
-            self._wake.set()
-
-    async def _work(self, wake: asyncio.Event) -> None:
-        from asyncio import sleep
-
-        while True:
-            await wake.wait()
-            await sleep(COALESCE)
-            wake.clear()
-            batch = list(self._pending)
-            self._pending.clear()
-            jobs: Dict[Tuple[str, Any], _Job] = {}
-            for item in batch:
-                if isinstance(item, Event):
-                    self._sort_in(item, jobs)
-                else:
-                    await self._run_jobs(jobs)
-                    await self._guard(self._obey(item))
-            await self._run_jobs(jobs)
-
-    async def _guard(self, work: Awaitable[None]) -> None:
-        """Nothing that one object has wrong may end the telling of all others."""
+    async def _follow(self, watch: Watch) -> None:
+        """The life of a Watch: waits for an event or the next look, and pushes what has become different."""
+        import asyncio
         import traceback
 
-        try:
-            await work
-        except Exception:
-            self._log(traceback.format_exc())
+        loop = asyncio.get_running_loop()
+        while True:
+            timer = loop.call_later(WATCH_INTERVAL, watch.wake.set)
+            await watch.wake.wait()
+            timer.cancel()
+            await asyncio.sleep(COALESCE)
+            watch.wake.clear()
+            try:
+                if not watch.primed:
+                    await self._prime(watch)
+                while watch.replays:
+                    await self._replay(watch, *watch.replays.pop(0))
+                while watch.dirty:
+                    node = next(iter(watch.dirty))
+                    del watch.dirty[node]
+                    await self._refresh(watch, node)
+                if time.monotonic() >= watch.next_look:
+                    await self._look(watch)
+                    watch.next_look = time.monotonic() + WATCH_INTERVAL
+            except Exception:  # one that goes wrong goes on with the next look
+                self._log(traceback.format_exc())
 
-    async def _run_jobs(self, jobs: Dict[Tuple[str, Any], _Job]) -> None:
+    async def _prime(self, watch: Watch) -> None:
+        """Takes what is there for known: subscribers have read it, or will. What an event marked they may not have."""
         pace = Pacer()
-        while jobs:
-            await self._guard(self._tell(jobs.pop(next(iter(jobs)))))
+        for node, shown in await self._nodes(watch.target):
+            if node not in watch.dirty:
+                watch.known[node] = None
+                if shown and not self._needs_events_only(watch, node):
+                    made = await self._made(watch, node)
+                    if node not in watch.dirty:
+                        self._compare(watch, node, made)
+                else:
+                    watch.settled.add(node)
             await pace()
+        watch.primed = True
 
-    def _sort_in(self, event: Event, jobs: Dict[Tuple[str, Any], _Job]) -> None:
-        """Turns an event into jobs, one per object. Runs are judged last: their tasks are what moves them."""
-        kind, run, task = event.kind, event.run, event.task
-
-        def job(of: str, node: Any) -> _Job:
-            found = jobs.get((of, node))
-            if found is None:
-                found = jobs[of, node] = _Job(of, node)
-            found.quiet = kind == "judge"
-            return found
-
-        urgent = kind in ("tags", "signs", "judge")
-        if kind == "judge":
-            if (task and ("tasks", task) or ("runs", run)) not in jobs:
-                job("tasks" if task else "runs", task or run)
-            return
-        if kind == "flow":
-            job("flows", event.flow).new = True
-        elif kind == "run":
-            job("new run", run).new = True
-        elif kind == "step":
-            job("steps", event.step).new = True
-            if event.step is not None and event.step.name != "_parameters":
-                job("parameters", run)
-        elif kind in ("task", "changed") and task is not None:
-            job("tasks", task).new |= kind == "task"
-            job("tasks", task).diff |= kind == "changed" or not self._is_ours(task.run)
-        elif kind == "metadata" and task is not None:
-            job(kind, task).rows += event.rows
-            urgent = self._sort_metadata(task, event.rows, job)
-        elif kind == "artifact" and task is not None:
-            job("artifacts", task).rows += event.rows
-            if task.step.name == "_parameters":
-                job("parameters", run)
-            if any(row.get("name") == "_task_ok" for row in event.rows):
-                job("tasks", task)
-        elif kind == "signs" and task is not None:
-            job("tasks", task)
-        if run is not None and kind not in ("run", "step"):
-            self._sort_run(run, urgent, jobs)
-
-    def _sort_metadata(
-        self, task: TaskNode, rows: Iterable[Record], job: Callable[[str, Any], _Job]
-    ) -> bool:
-        """Which attempts the rows are about; True when one of them may end the run."""
-        urgent = False
-        for row in rows:
-            field, number = row.get("field_name"), None
-            if field in ("attempt", "attempt-done"):
-                text = str(row.get("value"))
-                number = int(text) if is_number(text) else None
-            elif field == "attempt_ok":
-                number = attempt_of_tags(row.get("tags")) or 0
-                urgent |= truth(
-                    row.get("value")
-                ) is False or task.step.name == self._store.end_step(task.run)
-            elif field == "foreach-stack":
-                job("tasks", task)
-            if number is not None:
-                attempts = job("tasks", task).attempts
-                attempts[number] = attempts.get(number, False) or (
-                    field == "attempt" and number > 0
-                )
-        return urgent
-
-    def _sort_run(self, run: RunNode, urgent: bool, jobs: Dict[Tuple[str, Any], _Job]) -> None:
-        small = sum([len(step.children) for step in run.children.values()]) <= RUN_AT_ONCE
-        if urgent or small:
-            jobs.pop(("runs", run), None)
-            jobs["runs", run] = _Job("runs", run)
-        else:
-            self._late[run] = None
-
-    # -- telling
-
-    def _interested(self, kind: str, flow: str, run: Optional[str] = None) -> List[_Subscription]:
-        found: List[_Subscription] = []
-        for key in (
-            ((kind, None, None), (kind, flow, None), (kind, flow, run))
-            if run
-            else ((kind, None, None), (kind, flow, None))
-        ):
-            found += self._index.get(key, ())
+    async def _nodes(self, target: Target) -> List[Tuple[Any, bool]]:
+        """(node, whether it is worth looking at) of a target: of runs in general the newest of each flow."""
+        nodes = await self._site.nodes(target)
+        if target.kind != "runs" or target.run is not None:
+            return [(node, True) for node in nodes]
+        counts: collections.Counter[str] = collections.Counter()
+        found = []
+        for run in nodes:
+            counts[run.flow] += 1
+            found.append((run, counts[run.flow] <= WATCHED_RUNS))
         return found
 
-    def _interested_in(self, kind: str, task: TaskNode) -> List[_Subscription]:
-        run = task.run
-        return [sub for sub in self._index.get((kind, run.flow, run.id), ()) if sub.covers(task)]
-
-    def _send(self, subscriptions: Iterable[_Subscription], kind: str, row: Record) -> None:
-        text = dumps(row).decode("ascii")
-        for subscription in subscriptions:
-            subscription.send(kind, row, text)
-            if not subscription.active:
-                self.disconnect(subscription.client)
-
-    async def _tell(self, job: _Job) -> None:
-        kind, node = job.kind, job.node
-        if kind == "flows":
-            self._tell_flow(node)
-        elif kind == "new run":
-            await self._tell_run(node, new=True)
-        elif kind == "runs":
-            await self._tell_run(node, quiet=job.quiet)
-        elif kind == "steps":
-            await self._tell_step(node)
-        elif kind == "tasks":
-            await self._tell_task(job)
-        elif kind in ("metadata", "artifacts"):
-            await self._tell_rows(kind, node, job.rows)
-        else:
-            await self._tell_parameters(node)
-
-    def _differs(self, key: Tuple[str, Any], row: Record, quiet: bool = False) -> bool:
-        """Whether to tell a row: it differs from the last one, but for what only counts time; remembers it.
-
-        What subscribers could only read for themselves counts as told when nothing is known to have changed
-        (`quiet`), but not after an event: they may have read it before.
-        """
-        mark = _row_mark(row)
-        if _is_known(self._sent.get(key), mark, quiet):
+    def _needs_events_only(self, watch: Watch, node: Any) -> bool:
+        """Whether new metadata or artifacts of a task come with an event, or not at all."""
+        if watch.target.kind not in ("metadata", "artifacts"):
             return False
-        if len(self._sent) > SENT_KEPT:
-            self._sent.clear()  # what is unchanged is then told once more
-        self._sent[key] = (mark, True)
-        return True
+        return self._is_ours(node.run) or self._is_settled(node, self._site.store.facts(node))
 
-    def _remember(self, key: Tuple[str, Any], row: Record) -> None:
-        """Notes a row that subscribers can read for themselves."""
-        self._sent.setdefault(key, (_row_mark(row), False))
+    async def _look(self, watch: Watch) -> None:
+        """Makes again what no event tells of."""
+        pace, nodes = Pacer(), await self._nodes(watch.target)
+        if watch.target.kind == "runs":
+            await self._site.store.check([node for node, shown in nodes if shown])
+        if watch.target.kind == "tasks" and nodes:
+            await self._state(watch, nodes[0][0].run)
+        for node, _ in reversed(nodes):  # the oldest first, as they came
+            if node not in watch.settled or node not in watch.known:
+                await self._refresh(watch, node)
+            await pace()
+        for node in watch.known.keys() - {node for node, _ in nodes}:
+            del watch.known[node]
+            watch.settled.discard(node)
 
-    def _tell_flow(self, flow: FlowNode) -> None:
-        self._known.add(flow)
-        subscriptions = self._interested("flows", flow.name)
-        row = flow_row(flow.record or {})
-        if subscriptions and self._differs(("flows", flow), row):
-            self._send(subscriptions, "INSERT", row)
+    async def _refresh(self, watch: Watch, node: Any) -> None:
+        """Makes the rows of a node again and pushes those that differ."""
+        fresh = self._compare(watch, node, await self._made(watch, node))
+        for kind, row in await self._with_contents(watch, fresh):
+            self._push(list(watch.subscriptions), kind, row)
 
-    async def _state(self, run: RunNode, fresh: bool = False) -> RunStatus:
-        """A run's status, at most a second old."""
-        known = self._states.get(run)
-        now = time.monotonic()
-        if known is not None and not fresh and now - known[0] < 1.0:
-            return known[1]
-        state = await run_state(self._site, run)
-        if len(self._states) > 1000:
-            self._states.clear()
-        self._states[run] = (time.monotonic(), state)
-        return state
+    async def _with_contents(
+        self, watch: Watch, fresh: List[Tuple[str, Record]]
+    ) -> List[Tuple[str, Record]]:
+        """Artifact rows with their values: the UI does not ask for those of artifacts that were pushed."""
+        if watch.target.kind != "artifacts" or not fresh:
+            return fresh
+        try:
+            contents = await self._site.reader.contents([row for _, row in fresh])
+        except Problem:
+            return fresh  # they say at least that the artifacts are there
+        return [(kind, {**row, **content}) for (kind, row), content in zip(fresh, contents)]
 
-    async def _tell_run(self, run: RunNode, *, new: bool = False, quiet: bool = False) -> None:
-        """`quiet`: nothing is known to have changed; tells only a difference, or that an unknown one runs."""
-        self._known.add(run)
-        key = ("runs", run)
-        before = self._states.get(run)
-        subscriptions = self._interested("runs", run.flow, run.id)
-        tasks = self._index.get(("tasks", run.flow, run.id))
-        if not subscriptions and not tasks:
-            self._sent.pop(key, None)
-            return
-        if subscriptions and self._index.keys() & {("runs", None, None), ("runs", run.flow, None)}:
-            self._recent.setdefault(run, time.monotonic() + JUDGE_INTERVAL)
-        state = await self._state(run, fresh=True)
-        if tasks and (before is None or before[1].status != state.status):
-            await self._judge_tasks(run, state)
-        known = key in self._sent
-        row = make_run_row(run, state, self._site.liveness.last_heartbeat(run))
-        if quiet and not known and state.status != RUNNING:
-            self._remember(key, row)
-        elif self._differs(key, row, quiet):
-            self._send(subscriptions, "INSERT" if new and not known else "UPDATE", row)
-
-    async def _tell_step(self, step: StepNode) -> None:
-        run = step.run
-        look = self._looks.get(run)
-        if look is not None:
-            look.steps.add(step)
-        found = self._index.get(("steps", run.flow, run.id), ())
-        subscriptions = [
-            sub for sub in found if sub.target is not None and sub.target.step in (None, step.name)
-        ]
-        if subscriptions and ("steps", step) not in self._sent:
-            state = await self._state(run)
-            row = await ui_step_row(self._site, step, state)
-            if self._differs(("steps", step), row):
-                self._send(subscriptions, "INSERT", row)
-
-    async def _tell_task(self, job: _Job) -> None:
-        task: TaskNode = job.node
-        subscriptions = self._interested_in("tasks", task)
-        key = ("tasks", task)
-        if subscriptions:
-            facts = self._store.facts(task)
-            state = None if attempt_is_over(facts) else await self._state(task.run)
-            rows = await ui_task_details(self._site, task, facts, state)
-            sent = self._sent.setdefault(key, {})
-            for row in rows:
-                number, last = row["attempt_id"], row is rows[-1]
-                known, mark = sent.get(number), _row_mark(row)
-                fresh = known is None
-                named = job.new or last or number in job.attempts
-                if _is_known(known, mark, job.quiet or not named) or (fresh and not named):
-                    continue
-                ended = row["status"] not in (RUNNING, PENDING)
-                sent[number] = (mark, True)
-                if job.quiet and fresh and ended:
-                    continue
-                inserted = fresh and (job.new or job.attempts.get(number, False))
-                wanted = [
-                    sub for sub in subscriptions if last or not (sub.target and sub.target.newest)
-                ]
-                self._send(wanted, "INSERT" if inserted else "UPDATE", row)
+    async def _made(self, watch: Watch, node: Any) -> List[Made]:
+        """The rows of a node, the newest first, as this target shows them."""
+        kind, state = watch.target.kind, None
+        if kind == "tasks":
+            facts = self._site.store.facts(node)
+            state = None if attempt_is_over(facts) else await self._state(watch, node.run)
+        made = await self._site.rows_of(kind, node, state)
+        if kind == "tasks":
+            made = await self._site.details(node, made)
+        if self._settles(watch, node, made):
+            watch.settled.add(node)
         else:
-            self._sent.pop(key, None)
-        if job.diff:
-            await self._tell_new_rows(task)
+            watch.settled.discard(node)
+        return made[:1] if watch.target.newest else made
 
-    async def _judge_tasks(self, run: RunNode, state: RunStatus) -> None:
-        """Tells what became of a run's unfinished tasks; no files are looked at."""
-        pace = Pacer()
-        for task in _unfinished_tasks(run):
-            job = _Job("tasks", task)
-            job.quiet = True
-            await self._tell_task(job)
-            await pace()
+    async def _state(self, watch: Watch, run: RunNode) -> RunStatus:
+        """The status of a watched run, at most a second old."""
+        if watch.state is None or time.monotonic() - watch.judged > 1.0:
+            before, watch.judged = watch.status, time.monotonic()
+            watch.state = await self._site.state(run)
+            if before not in (
+                None,
+                watch.status,
+            ):  # what was unfinished has ended with the run, or goes on
+                watch.settled = {task for task in watch.settled if attempt_is_over(task.facts)}
+        return watch.state
 
-    async def _tell_rows(self, kind: str, task: TaskNode, records: Sequence[Record]) -> None:
-        """New metadata or artifact records of a task, each told once."""
-        subscriptions = self._interested_in(kind, task)
-        if not subscriptions:
-            return
-        full = [sub for sub in subscriptions if sub.contents]
-        plain = [sub for sub in subscriptions if not sub.contents]
-        pace = Pacer()
-        for record in self._unseen(kind, task, records):
-            if kind == "metadata":
-                self._send(subscriptions, "INSERT", ui_metadata_row(record))
-            else:
-                row = ui_artifact_row(record, task.run)
-                self._send(plain, "INSERT", row)
-                if full:
-                    contents = await self._site.reader.contents([record])
-                    self._send(full, "INSERT", {**row, **contents[0]})
-            await pace()
-
-    def _unseen(self, kind: str, task: TaskNode, records: Iterable[Record]) -> List[Record]:
-        """Those that no subscriber could know of, marked as seen; oldest first."""
-        look = self._looks.get(task.run)
-        if look is None:
-            return list(records)
-        seen = look.seen.get((kind, task))
-        if seen is None:
-            if task in look.tasks:  # it was there before, and nobody cared about its rows then
-                records = [
-                    record for record in records if (record.get("ts_epoch") or 0) >= look.begun
-                ]
-            seen = look.seen[kind, task] = set()
+    def _compare(self, watch: Watch, node: Any, made: List[Made]) -> List[Tuple[str, Record]]:
+        """("INSERT" or "UPDATE", row) of the rows that the subscribers do not know, oldest first; now they do."""
+        kind, known = watch.target.kind, watch.known.get(node)
+        unread = node in watch.known and known is None
+        rows = watch.known[node] = {} if known is None else known
+        appends = kind in ("metadata", "artifacts")
         fresh = []
-        for record in records:
-            mark = _record_mark(kind, record)
-            if mark not in seen:
-                seen.add(mark)
-                fresh.append(record)
+        for key, _, row in reversed(made):
+            before = rows.get(key)
+            began = _began(row)
+            if before is None:
+                rows[key] = row if kind in ("runs", "tasks", "parameters") else {}
+                if not watch.primed or (appends and (unread or not known) and began < watch.begun):
+                    continue
+                new = kind != "parameters" and (known is not None or began >= watch.begun)
+                fresh.append(("INSERT" if new or appends else "UPDATE", row))
+            elif before and _lasting(before) != _lasting(row):
+                rows[key] = row
+                fresh.append(("UPDATE", row))
         return fresh
 
-    async def _tell_new_rows(self, task: TaskNode) -> None:
-        """What local mode has added to a task, found by comparing with what was seen."""
-        if self._is_ours(task.run):
-            return
-        if self._interested_in("metadata", task):
-            await self._tell_rows("metadata", task, (await self._store.metadata(task))[::-1])
-        if self._interested_in("artifacts", task):
-            await self._tell_rows("artifacts", task, await self._store.artifacts(task))
-        if task.step.name == "_parameters":
-            await self._tell_parameters(task.run)
-
-    async def _tell_parameters(self, run: RunNode) -> None:
-        subscriptions = self._index.get(("parameters", run.flow, run.id))
-        if subscriptions:
-            row = await ui_parameters(self._site, run)
-            if row and self._differs(("parameters", run), row):
-                self._send(list(subscriptions), "UPDATE", row)
-
-    # -- orders
-
-    async def _obey(self, order: _Order) -> None:
-        subscription = order.subscription
-        if subscription is None or subscription.target is None or not subscription.active:
-            return
-        target = subscription.target
-        if target.run is None:
-            if not self._primed:
-                self._primed = True
-                await self._prime()
-        else:
-            run = self._store.run(target.flow or "", target.run)
-            if run is None:
-                self._absent.add((target.flow or "", target.run))
-            elif order.what == "baseline":
-                await self._baseline(subscription, run)
-        if order.what == "replay":
-            await self._replay(subscription, order.since)
-
-    async def _prime(self) -> None:
-        """Learns which flows and runs there are, and how the newest runs stand."""
-        pace = Pacer()
-        for flow in await self._store.flows():
-            self._known.add(flow)
-            runs = await self._store.runs(flow)
-            self._known.update(runs)
-            for run in runs[:WATCHED_RUNS]:
-                state = await self._state(run)
-                self._remember(
-                    ("runs", run), make_run_row(run, state, self._site.liveness.last_heartbeat(run))
-                )
-                if state.status != COMPLETED:
-                    self._recent[run] = time.monotonic() + JUDGE_INTERVAL
-                await pace()
-
-    async def _baseline(self, subscription: _Subscription, run: RunNode) -> None:
-        """Remembers what a subscriber to a run or a part of it can read for itself now."""
-        target = subscription.target
-        if target is None:
-            return
-        look = self._looks.get(run)
-        if look is None:
-            look = _Look(subscription.begun)
-            pace = Pacer()
-            for step in self._store.steps(run):
-                look.steps.add(step)
-                for task in await self._store.tasks(step):
-                    look.tasks[task] = facts_stamp(task, self._store.facts(task))
-                    await pace()
-            self._looks[run] = look
-        state = await self._state(run)
-        if target.kind == "runs":
-            self._remember(
-                ("runs", run), make_run_row(run, state, self._site.liveness.last_heartbeat(run))
-            )
-        elif target.kind == "tasks":
-            await self._baseline_tasks(subscription, look, state)
-        elif target.kind == "parameters":
-            row = await ui_parameters(self._site, run)
-            if row:
-                self._remember(("parameters", run), row)
-        elif target.kind in _ROW_KINDS and not self._is_ours(run):
-            await self._baseline_rows(subscription, look)
-
-    async def _baseline_tasks(
-        self, subscription: _Subscription, look: _Look, state: RunStatus
-    ) -> None:
-        pace = Pacer()
-        for task in list(look.tasks):
-            facts = task.facts
-            if facts is not None and not attempt_is_over(facts) and subscription.covers(task):
-                rows = await ui_task_details(self._site, task, facts, state)
-                sent = self._sent.setdefault(("tasks", task), {})
-                for row in rows:
-                    sent.setdefault(row["attempt_id"], (_row_mark(row), False))
-            await pace()
-
-    async def _baseline_rows(self, subscription: _Subscription, look: _Look) -> None:
-        kind = subscription.target.kind if subscription.target else ""
-        for task in list(look.tasks):
-            if (kind, task) in look.seen or not subscription.covers(task) or self._is_settled(task):
-                continue
-            records = await (
-                self._store.metadata(task) if kind == "metadata" else self._store.artifacts(task)
-            )
-            look.seen[kind, task] = {_record_mark(kind, record) for record in records}
-
-    def _is_settled(self, task: TaskNode) -> bool:
-        """Whether a task finished so long ago that nothing more is written about it."""
-        facts = task.facts
-        if (
-            facts is None
-            or not attempt_is_over(facts)
-            or now_ms() - facts.changed_at < SETTLED_AFTER
-        ):
+    def _settles(self, watch: Watch, node: Any, made: List[Made]) -> bool:
+        """Whether nothing of a node changes any more but by an event."""
+        kind = watch.target.kind
+        if kind in ("flows", "steps"):
+            return True
+        if kind == "parameters":
+            return len(self._site.store.steps(node)) > 1  # what comes after them has begun
+        if kind in ("metadata", "artifacts"):
+            return self._needs_events_only(watch, node)
+        if not made:
             return False
-        return (
-            facts.attempts[max(facts.attempts)].ok is not False
-            or now_ms() - facts.changed_at > FAILED_FOR_LONG
-        )
+        if kind == "runs":
+            return bool(made[0].row["status"] == COMPLETED)
+        if kind == "tasks" and not attempt_is_over(node.facts):
+            return made[0].row["finished_at"] is not None and watch.status not in (None, RUNNING)
+        return self._is_ours(node.run) or self._is_settled(node, self._site.store.facts(node))
+
+    def _is_settled(self, task: TaskNode, facts: TaskFacts) -> bool:
+        """Whether a task finished so long ago that local mode writes nothing more about it."""
+        if not attempt_is_over(facts):
+            return False
+        failed = facts.attempts[max(facts.attempts)].ok is False
+        return _long_ago(facts.changed_at, FAILED_FOR_LONG if failed else SETTLED_AFTER)
 
     def _is_ours(self, run: RunNode) -> bool:
         """Whether a run is written through this service, so that every change comes as an event."""
-        signs = self._store.signs(run)
+        signs = self._site.store.signs(run)
         return (
             signs.heartbeat is not None
             or signs.lease is not None
             or self._site.liveness.alive(run) is True
         )
 
-    async def _replay(self, subscription: _Subscription, since: float) -> None:
-        """Sends the rows, as they are now, of what changed since then (s), while a client was away."""
-        target = subscription.target
-        begin = int(max(since - UNNOTICED, time.time() - REPLAY_SECONDS) * 1000)
-        found: List[Tuple[int, str, Record]] = []
-        if target is None:
-            return
-        if target.kind == "flows":
-            for flow in await self._store.flows():
-                created = (flow.record or {}).get("ts_epoch") or 0
-                if created >= begin and target.flow in (None, flow.name):
-                    found.append((created, "INSERT", flow_row(flow.record or {})))
-        elif target.run is None:
-            await self._replay_runs(target, begin, found)
-        else:
-            run = self._store.run(target.flow or "", target.run)
-            if run is not None:
-                await self._replay_run(subscription, run, begin, found)
-        found.sort(key=lambda item: item[0])
-        pace = Pacer()
-        for _, kind, row in found:
-            self._send([subscription], kind, row)
+    # -- pushing
+
+    def _push(self, subscriptions: Iterable[_Subscription], kind: str, row: Record) -> None:
+        try:
+            text = dumps(row).decode("ascii")
+        except (ValueError, RecursionError):
+            return  # no row that could be told
+        for subscription in subscriptions:
+            subscription.send(kind, row, text)
             if not subscription.active:
-                return
+                self.disconnect(subscription.client)
+
+    async def _replay(self, watch: Watch, subscription: _Subscription, begin: int) -> None:
+        """Sends the rows, as they are now, of what changed since then (ms), while a client was away."""
+        kind, found, pace = watch.target.kind, [], Pacer()
+        for node, shown in await self._nodes(watch.target):
+            known = watch.known.get(node) or {}
+            if shown or known or (kind == "runs" and run_touched(node) >= begin):
+                for made in await self._made(watch, node):
+                    # What an event marked and nobody knows is pushed to everybody in a moment.
+                    comes = node in watch.dirty and made.key not in known
+                    if made.changed_at >= begin and not (comes and _began(made.row) >= watch.begun):
+                        found.append(made)
+            await pace()
+        found.sort(key=lambda made: made.changed_at)
+        fresh = [
+            ("INSERT" if kind != "parameters" and _began(row) >= begin else "UPDATE", row)
+            for _, _, row in found
+        ]
+        for change, row in await self._with_contents(watch, fresh):
+            self._push([subscription], change, row)
             await pace()
 
-    async def _replay_runs(
-        self, target: _Target, begin: int, found: List[Tuple[int, str, Record]]
-    ) -> None:
-        pace = Pacer()
-        for flow in await self._store.flows():
-            if target.flow in (None, flow.name):
-                for place, run in enumerate(await self._store.runs(flow)):
-                    changed = _run_changed(run)
-                    if changed >= begin or place < WATCHED_RUNS or run in self._recent:
-                        await self._replay_one_run(run, begin, found)
-                    await pace()
 
-    async def _replay_one_run(
-        self, run: RunNode, begin: int, found: List[Tuple[int, str, Record]]
-    ) -> None:
-        state = await self._state(run)
-        changed = max(_run_changed(run), state.finished_at or 0)
-        if state.status == RUNNING or changed >= begin:
-            kind = "INSERT" if (run.self_record.get("ts_epoch") or 0) >= begin else "UPDATE"
-            found.append(
-                (changed, kind, make_run_row(run, state, self._site.liveness.last_heartbeat(run)))
-            )
-
-    async def _replay_run(
-        self,
-        subscription: _Subscription,
-        run: RunNode,
-        begin: int,
-        found: List[Tuple[int, str, Record]],
-    ) -> None:
-        kind = subscription.target.kind if subscription.target else ""
-        state, pace = await self._state(run), Pacer()
-        if kind == "runs":
-            await self._replay_one_run(run, begin, found)
-        elif kind == "parameters":
-            row = await ui_parameters(self._site, run)
-            if row:
-                found.append((0, "UPDATE", row))
-        elif kind == "steps":
-            for step in self._store.steps(run):
-                created = (step.record or {}).get("ts_epoch") or 0
-                if created >= begin and subscription.only_step in (None, step.name):
-                    row = await ui_step_row(self._site, step, state)
-                    found.append((created, "INSERT", row))
-        else:
-            for task, facts in await self._store.run_facts(run):
-                if subscription.covers(task):
-                    await self._replay_task(subscription, task, facts, state, begin, found)
-                await pace()
-
-    async def _replay_task(
-        self,
-        subscription: _Subscription,
-        task: TaskNode,
-        facts: TaskFacts,
-        state: RunStatus,
-        begin: int,
-        found: List[Tuple[int, str, Record]],
-    ) -> None:
-        if facts.changed_at < begin and attempt_is_over(facts):
-            return
-        target = subscription.target
-        if target is None:
-            return
-        if target.kind == "tasks":
-            rows = await ui_task_details(self._site, task, facts, state)
-            for row in rows[-1:] if target.newest else rows:
-                began = row["started_at"] or row["ts_epoch"] or 0
-                changed = max(began, row["finished_at"] or 0)
-                if changed >= begin or row["status"] in (RUNNING, PENDING):
-                    found.append((changed, "INSERT" if began >= begin else "UPDATE", row))
-            return
-        metadata = target.kind == "metadata"
-        for record in await (
-            self._store.metadata(task) if metadata else self._store.artifacts(task)
-        ):
-            written = record.get("ts_epoch") or 0
-            if written >= begin:
-                row = ui_metadata_row(record) if metadata else ui_artifact_row(record, task.run)
-                if subscription.contents and not metadata:
-                    row.update((await self._site.reader.contents([record]))[0])
-                found.append((written, "INSERT", row))
-
-    # -- what no event tells
-
-    async def _watch(self) -> None:
-        """Looks at what local mode writes, and judges again what grows old; finds become events."""
-        from asyncio import sleep
-
-        while True:
-            await sleep(WATCH_INTERVAL)
-            if self._primed:
-                await self._guard(self._look_at_all())
-            wanted = {(key[1], key[2]) for key in self._index}
-            self._absent = {pair for pair in self._absent if pair in wanted}
-            self._find_absent()
-            for run, look in list(self._looks.items()):
-                if (run.flow, run.id) in wanted:
-                    await self._guard(self._look_at(run, look))
-                else:
-                    self._looks.pop(run, None)
-            late, self._late = self._late, {}
-            for run in late:
-                self._put(self._judging(run))
-
-    def _judging(self, run: RunNode, task: Optional[TaskNode] = None) -> Event:
-        """An event of our own: perhaps nothing but time has changed."""
-        flow = self._store.flow(run.flow) or FlowNode(self._store.root, run.flow)
-        return Event("judge", flow, run, task.step if task else None, task)
-
-    def _find_absent(self) -> None:
-        """Runs that somebody waits for: all that is in them will be new to him."""
-        for flow_name, run_id in list(self._absent):
-            run = self._store.run(flow_name, run_id)
-            if run is not None:
-                self._absent.discard((flow_name, run_id))
-                self._looks.setdefault(run, _Look(now_ms()))
-                flow = self._store.flow(flow_name)
-                if flow is not None:
-                    self._put(Event("run", flow, run))
-
-    async def _look_at_all(self) -> None:
-        """New flows and runs, and the newest runs that may have ended or come back."""
-        pace = Pacer()
-        for flow in await self._store.flows():
-            if flow not in self._known:
-                self._known.add(flow)
-                self._put(Event("flow", flow))
-            for run in await self._store.runs(flow):
-                if run not in self._known:
-                    self._known.add(run)
-                    self._put(Event("run", flow, run))
-            await pace()
-        for run, due in list(self._recent.items()):
-            if time.monotonic() >= due:
-                there = self._store.run(run.flow, run.id) is run
-                state = await self._state(run)
-                if state.status == COMPLETED or not there:
-                    self._recent.pop(run, None)
-                else:
-                    after = JUDGE_INTERVAL if state.status == RUNNING else JUDGE_FAILED
-                    self._recent[run] = time.monotonic() + after
-                self._put(self._judging(run))
-                await pace()
-
-    async def _look_at(self, run: RunNode, look: _Look) -> None:
-        """One run that somebody has open: its tags, new steps and tasks, changed tasks, and its status."""
-        if self._store.run(run.flow, run.id) is not run or time.monotonic() < look.due:
-            return
-        state = await self._state(run)
-        ours = self._is_ours(run)
-        if state.status == RUNNING:
-            pause = JUDGE_INTERVAL - WATCH_INTERVAL if ours else 0.0
-        elif now_ms() - (state.finished_at or 0) < SETTLED_AFTER:
-            pause = 0.0
-        else:
-            pause = JUDGE_FAILED if state.status == FAILED else LOOK_COMPLETED
-        look.due = time.monotonic() + pause
-        if not ours:
-            await self._look_at_files(run, look)
-        self._put(self._judging(run))
-        if state.status == RUNNING and ("tasks", run.flow, run.id) in self._index:
-            for task in _unfinished_tasks(run):
-                self._put(self._judging(run, task))
-
-    async def _look_at_files(self, run: RunNode, look: _Look) -> None:
-        flow, pace = self._store.flow(run.flow), Pacer()
-        if flow is None:
-            return
-        for step in self._store.steps(run):
-            if step not in look.steps:
-                look.steps.add(step)
-                self._put(Event("step", flow, run, step))
-            for task in reversed(await self._store.tasks(step)):
-                new_here = task not in look.tasks
-                stamp = look.tasks.get(task)
-                if stamp is None and not new_here:
-                    continue
-                now = facts_stamp(task, self._store.facts(task))
-                if new_here:
-                    self._put(Event("task", flow, run, step, task))
-                elif stamp != now:
-                    self._put(Event("changed", flow, run, step, task))
-                look.tasks[task] = None if self._is_settled(task) else now
-                await pace()
+def _began(row: Record) -> int:
+    return row.get("started_at") or row.get("ts_epoch") or 0
 
 
-def _unfinished_tasks(run: RunNode) -> List[TaskNode]:
-    """Those of the loaded tasks that may still change by time; no files are looked at."""
-    return [
-        task
-        for step in list(run.children.values())
-        for task in list(step.children.values())
-        if task.record is not None and (task.facts is None or not attempt_is_over(task.facts))
-    ]
+def _lasting(row: Record) -> Record:
+    """A row without what changes with every second of a running object."""
+    if "last_heartbeat_ts" not in row:
+        return row
+    return {**row, "last_heartbeat_ts": None, "duration": row["finished_at"] and row["duration"]}
+
+
+def _long_ago(at: Optional[int], ms: int) -> bool:
+    return at is not None and now_ms() - at > ms
 
 
 def _since_seconds(since: Any) -> Optional[float]:
@@ -9970,35 +9616,9 @@ def _since_seconds(since: Any) -> Optional[float]:
     return float(since) if type(since) in (int, float) and 0 < since < 1e15 else None
 
 
-def _row_mark(row: Record) -> int:
-    """Tells two rows apart, but not by what changes with every second of a running object."""
-    if "last_heartbeat_ts" in row:
-        row = {**row, "last_heartbeat_ts": None}
-        if row["finished_at"] is None:
-            row["duration"] = None
-    return hash(dumps(row))
-
-
-def _is_known(known: Optional[Tuple[int, bool]], mark: int, quiet: bool) -> bool:
-    return known is not None and known[0] == mark and (known[1] or quiet)
-
-
-def _record_mark(kind: str, record: Record) -> Any:
-    """The file of a metadata or artifact record: what makes it one row."""
-    if kind == "metadata":
-        return record.get("field_name"), record.get("ts_epoch")
-    return record.get("attempt_id"), record.get("name")
-
-
-def _run_changed(run: RunNode) -> int:
-    """When a run was made or its tags were changed (ms)."""
-    written = run.sig[0] // 1_000_000 if run.sig else 0
-    return max(run.self_record.get("ts_epoch") or 0, written)
-
-
 async def ui_socket(subscriptions: Subscriptions, socket: UiSocket) -> None:
-    """Serves one WebSocket of /api/ws until it closes."""
-    client = subscriptions.connect(socket)
+    """Serves one WebSocket of the UI until it closes."""
+    client = Client(socket)
     try:
         while True:
             text = await socket.receive()
@@ -10018,6 +9638,11 @@ FEATURES = {
     "FEATURE_ARTIFACT_SEARCH": True,
     "FEATURE_FOREACH_VAR_SEARCH": True,
 }
+# What the UI backend answers when nobody has configured links.
+DEFAULT_LINKS = [
+    {"href": "https://docs.metaflow.org/", "label": "Documentation"},
+    {"href": "http://chat.metaflow.org/", "label": "Help"},
+]
 SEARCH_PATTERNS = (
     f"{API_PREFIX}/search/flows/{{flow}}/runs/{{run}}",
     f"{API_PREFIX}/flows/{{flow}}/runs/{{run}}/search",
@@ -10026,7 +9651,7 @@ _NEWEST_ATTEMPT: Order = (("attempt_id", True),)
 _BY_TIME: Order = (("ts_epoch", True),)
 
 
-async def ui_list(
+def ui_list(
     request: Request,
     parts: Sequence[bytes],
     *,
@@ -10048,402 +9673,185 @@ async def ui_list(
     return Response(200, b'{"data": [' + b", ".join(parts) + b"], " + dumps(shell)[1:], JSON_TYPE)
 
 
-async def _encoded(rows: Iterable[Any]) -> List[bytes]:
-    """Rows as JSON, in slices."""
-    pace, parts = Pacer(), []
-    for row in rows:
-        parts.append(dumps(row))
-        await pace()
-    return parts
+def ui_one(request: Request, data: Any) -> Response:
+    """The UI's envelope of a single object; what is missing (None) is {} with 404, as the UI backend has it."""
+    status = 404 if data is None else 200
+    base, args = base_url(request.headers), request.args()
+    shell = envelope_one({} if data is None else data, base, request.path, args, status=status)
+    return json_response(shell, status)
 
 
-def ui_one(request: Request, data: Any, status: int = 200) -> Response:
-    """The UI's envelope around a single object; what is missing is {} with 404, as recorded."""
-    return json_response(
-        envelope_one(data, base_url(request.headers), request.path, request.args(), status=status),
-        status,
-    )
-
-
-def _plain_values(args: Sequence[Tuple[str, str]], field: str) -> Optional[Set[str]]:
-    """The values that a filter `field=a,b` leaves possible, None when there is no such filter."""
-    values = [set(value.split(",")) for name, value in args if name in (field, field + ":eq")]
-    return set.intersection(*values) if values else None
+def _target_of(request: Request, kind: str) -> Target:
+    """What a request's path asks for, within the step that a filter names."""
+    get = request.params.get
+    return narrowed(Target(kind, get("flow"), get("run"), get("step"), get("task")), request.args())
 
 
 class UiApi:
-    """Handlers of every route of the UI backend: each collects rows, section 6 filters and pages them."""
+    """Handlers of every route of the UI backend: the site makes the rows, filters and pages are of section 6."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.store = site.store
         self.settings = site.settings
-        self._listed: Dict[RunNode, Tuple[float, List[Row]]] = {}
-        self._walks: Dict[
-            RunNode, bool
-        ] = {}  # runs whose tasks are being listed -> whether they changed meanwhile
-        site.store.listeners.append(self._changed)
+        self.reader = site.reader
 
-    def runs(self) -> Set[RunNode]:
-        """The runs whose rows are in hand."""
-        return {*self._listed, *self._walks}
+    # -- lists of rows and single ones
 
-    def _changed(self, event: Event) -> None:
-        run = event.run
-        if run is not None and (self._listed or self._walks):
-            self._listed.pop(run, None)
-            if run in self._walks:
-                self._walks[run] = True
-
-    # -- finding
-
-    def _run(self, request: Request) -> Optional[RunNode]:
-        return self.store.run(request.params["flow"], request.params["run"])
-
-    def _step(self, request: Request) -> Optional[StepNode]:
-        run = self._run(request)
-        return self.store.step(run, request.params["step"]) if run else None
-
-    def _task(self, request: Request) -> Optional[TaskNode]:
-        step = self._step(request)
-        return self.store.task(step, request.params["task"]) if step else None
-
-    async def _tasks(self, request: Request) -> List[TaskNode]:
-        """The tasks below a request's path: one, a step's, or a run's that a `step_name` filter allows."""
-        if "task" in request.params:
-            task = self._task(request)
-            return [task] if task else []
-        if "step" in request.params:
-            step = self._step(request)
-            return await self.store.tasks(step) if step else []
-        run = self._run(request)
-        names = _plain_values(request.args(), "step_name")
-        tasks: List[TaskNode] = []
-        for step in self.store.steps(run) if run else []:
-            if names is None or step.name in names:
-                tasks += await self.store.tasks(step)
-        return tasks
-
-    async def _state(self, run: RunNode) -> RunStatus:
-        return await run_state(self.site, run)
-
-    # -- lists in general
-
-    async def _listed_page(
-        self, request: Request, kind: str, rows: Sequence[Row], first: Order = ()
-    ) -> Tuple[List[Row], ListQuery, bool]:
-        """(rows of the page, query, whether more follow) of all rows, newest first."""
+    async def _page(
+        self, request: Request, kind: str, rows: Iterable[Row], first: Order = ()
+    ) -> Tuple[List[Row], int, bool]:
+        """(rows, number of the page, whether more follow): filtered, in order, cut."""
         query = parse_list_query(request.args(), UI_COLUMNS[kind], first=first)
-        if query.filters:
-            pace = Pacer()
-            kept: List[Row] = []
-            for row in rows:
-                if matches(row, query.filters):
-                    kept.append(row)
-                await pace()
-            rows = kept
-        picked, more = arrange(rows, query)
-        return picked, query, more
+        pace, kept = Pacer(), []
+        for row in rows:
+            if matches(row, query.filters):
+                kept.append(row)
+            await pace()
+        picked, more = arrange(kept, query)
+        return picked, query.page, more
 
-    async def _answer(
-        self, request: Request, kind: str, rows: Sequence[Row], first: Order = ()
-    ) -> Response:
-        picked, query, more = await self._listed_page(request, kind, rows, first)
-        return await ui_list(request, await _encoded(picked), page=query.page, has_more=more)
+    def list_handler(self, kind: str, first: Order = ()) -> Callable[[Request], Any]:
+        """GET of a list of flows, steps or metadata."""
 
-    # -- flows
+        async def get_list(request: Request) -> Response:
+            made = await self.site.rows(_target_of(request, kind))
+            rows, page, more = await self._page(request, kind, (one.row for one in made), first)
+            return ui_list(request, await encode_rows(rows), page=page, has_more=more)
 
-    async def get_flows(self, request: Request) -> Response:
-        """GET /flows."""
-        return await self._answer(
-            request, "flows", [flow_row(flow.record or {}) for flow in await self.store.flows()]
+        return get_list
+
+    def one_handler(self, kind: str) -> Callable[[Request], Any]:
+        """GET of a flow, run, step or task; of a task the newest attempt, whatever `attempt_id` says."""
+
+        async def get_one(request: Request) -> Response:
+            nodes = await self.site.nodes(_target_of(request, kind))
+            made = await self.site.rows_of(kind, nodes[0]) if nodes else []
+            if kind == "tasks" and request.arg("postprocess") == "true" and made:
+                made = await self.site.details(nodes[0], made)
+            return ui_one(request, made[0].row if made else None)
+
+        return get_one
+
+    async def get_artifacts(self, request: Request) -> Response:
+        """GET .../artifacts of a task, step or run, of all attempts; with `postprocess=true` their values."""
+        target = _target_of(request, "artifacts")
+        if "step" not in request.params and asks_for_local_artifacts(target, request.args()):
+            return ui_list(request, [])
+        made = await self.site.rows(target)
+        rows, page, more = await self._page(
+            request, "artifacts", (one.row for one in made), _NEWEST_ATTEMPT
         )
+        if request.arg("postprocess") == "true":
+            contents = await self.reader.contents(rows)
+            rows = [{**row, **content} for row, content in zip(rows, contents)]
+        return ui_list(request, await encode_rows(rows), page=page, has_more=more)
 
-    def get_flow(self, request: Request) -> Response:
-        """GET /flows/{flow}."""
-        flow = self.store.flow(request.params["flow"])
-        return ui_one(request, flow_row(flow.record or {})) if flow else ui_one(request, {}, 404)
+    def tasks_handler(self, first: Order = ()) -> Callable[[Request], Any]:
+        """GET of tasks, a row per attempt; the UI asks for some more of a run's by `taskId=1,2`."""
+
+        async def get_tasks(request: Request) -> Response:
+            rows: List[Row] = [
+                made.row for made in await self.site.rows(_target_of(request, "tasks"))
+            ]
+            wanted = plain_values(request.args(), "taskId")
+            if wanted is not None:
+                rows = [row for row in rows if str(row["task_id"]) in wanted]
+            picked, page, more = await self._page(request, "tasks", rows, first)
+            if request.arg("postprocess") == "true":
+                picked = [await self._detailed(row) for row in picked]
+            return ui_list(request, await encode_rows(picked), page=page, has_more=more)
+
+        return get_tasks
+
+    async def _detailed(self, row: Row) -> Row:
+        task = self.store.find_task(
+            row["flow_id"],
+            str(row["run_id"] or row["run_number"]),
+            row["step_name"],
+            str(row["task_name"] or row["task_id"]),
+        )
+        for made in (
+            await self.site.details(task, await self.site.rows_of("tasks", task)) if task else ()
+        ):
+            if made.key == row["attempt_id"]:
+                return made.row
+        return row
 
     # -- runs
 
-    async def _all_runs(
-        self, flow_name: Optional[str], args: Sequence[Tuple[str, str]] = (), most: int = 0
-    ) -> List[RunNode]:
-        """The runs of one or of all flows, newest first; only the newest `most` are asked for (0: all)."""
-        names = {flow_name} if flow_name is not None else _plain_values(args, "flow_id")
-        if names is None:
-            flows = await self.store.flows()
-        else:
-            found = [self.store.flow(name) for name in sorted(name for name in names if name)]
-            flows = [flow for flow in found if flow is not None]
-        if len(flows) == 1:
-            return await self.store.runs(flows[0])
+    async def _runs(self, flow: Optional[str], args: Args = ()) -> List[RunNode]:
+        """The runs of one flow, of those that a filter names, or of all; newest first."""
+        named = plain_values(args, "flow_id")
+        if flow is not None or named is None:
+            return await self.site.nodes(Target("runs", flow))
         runs: List[RunNode] = []
-        for flow in flows:
-            own = await self.store.runs(flow)
-            runs += own[:most] if most else own
-        runs.sort(key=_ui_run_time, reverse=True)
-        return runs
+        for name in sorted(named):
+            runs += await self.site.nodes(Target("runs", name))
+        return sorted(runs, key=lambda run: run.self_record.get("ts_epoch") or 0, reverse=True)
 
     async def get_runs(self, request: Request) -> Response:
-        """GET /runs, /flows/{flow}/runs. Only what filters and order ask for is worked out for every run."""
+        """GET /runs, /flows/{flow}/runs."""
         args = request.args()
         query = parse_list_query(args, UI_COLUMNS["runs"])
-        by_time = not query.groups and (not query.order or tuple(query.order) == _BY_TIME)
-        most = query.page * query.limit + 1 if by_time and query.limit and not query.filters else 0
-        runs = await self._all_runs(request.params.get("flow"), args, most)
-        if query.filters:
-            runs = await self._prefiltered(runs, args)
-        picked: List[RunNode]
-        if query.columns <= RUN_RECORD_COLUMNS.keys() and by_time:
+        runs = await self._runs(request.params.get("flow"), args)
+        if query.filters or query.groups or tuple(query.order) not in ((), _BY_TIME):
+            runs, more = await self._pick_runs(runs, query)
+        else:  # in the order that they come in: nothing of the others is read
             begin = (query.page - 1) * query.limit
             end = begin + query.limit if query.limit else len(runs)
-            picked, more = (
-                runs[begin:end] if query.limit or query.page == 1 else [],
-                end < len(runs),
-            )
-        else:
-            enough = query.page * query.limit + 1 if by_time and query.limit else 0
-            rows = await self._run_views(runs, query, enough)
-            views, more = arrange(rows, query)
-            picked = [view[""] for view in views]
-        pace, shown = Pacer(), []
-        for run in await self.store.check(picked):
-            shown.append(dumps(await ui_run_row(self.site, run)))
-            await pace()
-        return await ui_list(request, shown, page=query.page, has_more=more)
+            runs, more = runs[begin:end], end < len(runs)
+        made = [one for run in runs for one in await self.site.rows_of("runs", run)]
+        parts = await encode_rows([one.row for one in made])
+        return ui_list(request, parts, page=query.page, has_more=more)
 
-    async def _prefiltered(
-        self, runs: List[RunNode], args: Sequence[Tuple[str, str]]
-    ) -> List[RunNode]:
-        """The runs that pass those filters for which their record is enough."""
-        known = [
-            arg
-            for arg in args
-            if arg[0].startswith("_") or arg[0].partition(":")[0] in RUN_RECORD_COLUMNS
-        ]
-        filters = parse_filters(known, UI_COLUMNS["runs"])
-        if not filters:
-            return runs
-        columns = [(name, RUN_RECORD_COLUMNS[name]) for name in filters.columns]
-        pace, kept = Pacer(), []
-        for run in runs:
-            if matches({name: column(run) for name, column in columns}, filters):
-                kept.append(run)
+    async def _pick_runs(self, runs: List[RunNode], query: ListQuery) -> Tuple[List[RunNode], bool]:
+        """(the runs of a page, whether more follow), found by no more columns than the query looks at."""
+        columns, pace = [name for name in RUN_COLUMNS if name in query.columns], Pacer()
+        views: List[Row] = []
+        for run in await self.store.check(runs):
+            view = await run_view(self.site, run, columns, cheap=True)
+            if matches(view, query.filters):
+                view[""] = run
+                views.append(view)
             await pace()
-        return kept
-
-    async def _run_views(self, runs: List[RunNode], query: ListQuery, enough: int) -> List[Row]:
-        """Rows with the columns that the query needs, the run itself under ""; at most `enough` (0: all)."""
-        cheap = [
-            (name, RUN_RECORD_COLUMNS[name]) for name in query.columns if name in RUN_RECORD_COLUMNS
-        ]
-        whole = len(cheap) < len(query.columns)
-        pace = Pacer()
-        rows: List[Row] = []
-        for run in runs:
-            if whole:
-                row = await ui_run_row(self.site, run, cheap=True)
-                if not matches(row, query.filters):
-                    continue
-            else:
-                row = {name: column(run) for name, column in cheap}
-            row[""] = run
-            rows.append(row)
-            if len(rows) == enough:
-                break
-            await pace()
-        return rows
-
-    async def get_run(self, request: Request) -> Response:
-        """GET .../runs/{run}."""
-        run = self._run(request)
-        if run is None:
-            return ui_one(request, {}, 404)
-        return ui_one(request, await ui_run_row(self.site, run))
+        picked, more = arrange(views, query)
+        return [view[""] for view in picked], more
 
     async def get_parameters(self, request: Request) -> Response:
         """GET .../runs/{run}/parameters: an object {name: {"value"}}."""
-        run = self._run(request)
-        if run is None:
-            raise Problem(
-                404,
-                f"there is no run {request.params['flow']}/{request.params['run']}",
-                id="run-not-found",
-            )
-        return ui_one(request, await ui_parameters(self.site, run))
+        nodes = await self.site.nodes(_target_of(request, "parameters"))
+        if not nodes:
+            where = f"{request.params['flow']}/{request.params['run']}"
+            raise Problem(404, f"there is no run {where}", id="run-not-found")
+        made = await self.site.rows_of("parameters", nodes[0])
+        return ui_one(request, made[0].row if made else {})
 
     async def get_dag(self, request: Request) -> Response:
         """GET .../runs/{run}/dag: `_graph_info`, or without one a graph of the steps that have begun."""
-        run = self._run(request)
+        run = self.store.run(request.params["flow"], request.params["run"])
         if run is None:
-            return ui_one(request, {}, 404)
+            return ui_one(request, None)
         records = await parameter_records(self.site, run)
         steps, pace, graph = [], Pacer(), None
         if any(record["name"] == "_graph_info" for record in records):
-            graph = await self.site.reader.graph(records)
+            graph = await self.reader.graph(records)
         if graph is None:
             for step in self.store.steps(run):
                 tasks = await self.store.tasks(step)
                 if tasks:
                     records = records + await self.store.artifacts(tasks[-1])
-                    steps.append(
-                        (step.name, foreach_depth(stack=self.store.facts(tasks[-1]).foreach_stack))
-                    )
+                    stack = self.store.facts(tasks[-1]).foreach_stack
+                    steps.append((step.name, foreach_depth(stack=stack)))
                 await pace()
-            graph = await self.site.reader.graph(records, steps)
-        return ui_one(request, {}, 404) if graph is None else ui_one(request, graph)
-
-    # -- steps
-
-    async def get_steps(self, request: Request) -> Response:
-        """GET .../steps."""
-        run = self._run(request)
-        rows = []
-        if run is not None:
-            state = await self._state(run)
-            for step in reversed(self.store.steps(run)):
-                rows.append(await ui_step_row(self.site, step, state))
-        return await self._answer(request, "steps", rows)
-
-    async def get_step(self, request: Request) -> Response:
-        """GET .../steps/{step}."""
-        step = self._step(request)
-        if step is None:
-            return ui_one(request, {}, 404)
-        state = await self._state(step.run)
-        return ui_one(request, await ui_step_row(self.site, step, state))
-
-    # -- tasks
-
-    async def get_run_tasks(self, request: Request) -> Response:
-        """GET .../runs/{run}/tasks: a row per attempt; `taskId=1,2` (the UI asks so for more) keeps those."""
-        run = self._run(request)
-        rows = await self._run_rows(run) if run else []
-        wanted = _plain_values(request.args(), "taskId")
-        if wanted is not None:
-            rows = [row for row in rows if str(row["task_id"]) in wanted]
-        return await self._task_list(request, run, rows, ())
-
-    async def _run_rows(self, run: RunNode) -> List[Row]:
-        """The rows of all tasks, newest first.
-
-        Those of a wide run are kept as long as the store does not look at its tasks again (RECHECK_AFTER) and
-        no event changes it: the UI asks for page after page.
-        """
-        kept = self._listed.get(run)
-        if kept is not None and time.monotonic() - kept[0] < RECHECK_AFTER:
-            return kept[1]
-        began = time.monotonic()
-        self._walks[run] = False
-        rows = await self._rows_of(await self._state(run), await self.store.run_facts(run))
-        if not self._walks.pop(run, True) and len(rows) > WIDE_RUN:
-            self._listed = {run: (began, rows)}
-        return rows
-
-    async def get_step_tasks(self, request: Request) -> Response:
-        """GET .../steps/{step}/tasks: a row per attempt, the newest attempts first."""
-        step = self._step(request)
-        pairs, pace = [], Pacer()
-        for task in await self.store.tasks(step) if step else []:
-            pairs.append((task, self.store.facts(task)))
-            await pace()
-        run = step.run if step else None
-        rows = await self._rows_of(await self._state(run), pairs) if run else []
-        return await self._task_list(request, run, rows, _NEWEST_ATTEMPT)
-
-    async def get_attempts(self, request: Request) -> Response:
-        """GET .../tasks/{task}/attempts."""
-        task = self._task(request)
-        rows: List[Row] = []
-        if task is not None:
-            rows = await self._rows_of(
-                await self._state(task.run), [(task, self.store.facts(task))]
-            )
-        return await self._task_list(request, task.run if task else None, rows, _NEWEST_ATTEMPT)
-
-    async def _rows_of(
-        self, state: RunStatus, pairs: Sequence[Tuple[TaskNode, TaskFacts]]
-    ) -> List[Row]:
-        rows: List[Row] = []
-        pace = Pacer()
-        for place, (task, facts) in enumerate(pairs):
-            rows += ui_task_rows(self.site, task, facts, state)
-            if not place & 63:
-                await pace()
-        rows.reverse()  # attempts come oldest first, and a stable sort leaves those of one task as they are
-        rows.sort(key=_ui_row_time, reverse=True)
-        return rows
-
-    async def _task_list(
-        self, request: Request, run: Optional[RunNode], rows: List[Row], first: Order
-    ) -> Response:
-        picked, query, more = await self._listed_page(request, "tasks", rows, first)
-        details = request.arg("postprocess") == "true"
-        state = await self._state(run) if run and details else None
-        parts, pace = [], Pacer()
-        for row in picked:
-            parts.append(await self._task_part(run, row, state, details) if run else b"")
-            await pace()
-        return await ui_list(request, parts, page=query.page, has_more=more)
-
-    async def _task_part(
-        self, run: RunNode, row: Row, state: Optional[RunStatus], details: bool
-    ) -> bytes:
-        """A task row as JSON, taken from what is remembered of its task where it can be."""
-        task = run.children[row["step_name"]].children.get(str(row["task_id"]))
-        if task is not None and details:
-            facts = self.store.facts(task)
-            for known in await ui_task_details(self.site, task, facts, state):
-                if known["attempt_id"] == row["attempt_id"]:
-                    return dumps(known)
-        if task is not None:
-            return encoded_task_row(task, row)
-        return dumps(row)
-
-    async def get_task(self, request: Request) -> Response:
-        """GET .../tasks/{task}: the newest attempt, whatever `attempt_id` says, as recorded."""
-        task = self._task(request)
-        if task is None:
-            return ui_one(request, {}, 404)
-        state, facts = await self._state(task.run), self.store.facts(task)
-        if request.arg("postprocess") == "true":
-            rows = await ui_task_details(self.site, task, facts, state)
-        else:
-            rows = ui_task_rows(self.site, task, facts, state)
-        return ui_one(request, rows[-1])
-
-    # -- metadata and artifacts
-
-    async def get_metadata(self, request: Request) -> Response:
-        """GET .../metadata of a task or a run."""
-        pace, rows = Pacer(), []
-        tasks = await self._tasks(request)
-        for task in tasks:
-            for record in await self.store.metadata(task):
-                rows.append(ui_metadata_row(record))
-            await pace()
-        if len(tasks) > 1:
-            rows.sort(key=lambda row: (row["ts_epoch"], row["id"]), reverse=True)
-        return await self._answer(request, "metadata", rows)
-
-    async def get_artifacts(self, request: Request) -> Response:
-        """GET .../artifacts of a task, step or run, of all attempts; with `postprocess=true` their values."""
-        args = request.args()
-        if "step" not in request.params and asks_for_local_artifacts(args):
-            return await ui_list(request, [])
-        pace, rows = Pacer(), []
-        for task in await self._tasks(request):
-            for record in await self.store.artifacts(task):
-                rows.append(ui_artifact_row(record, task.run))
-            await pace()
-        picked, query, more = await self._listed_page(request, "artifacts", rows, _NEWEST_ATTEMPT)
-        if request.arg("postprocess") == "true":
-            contents = await self.site.reader.contents(picked)
-            picked = [{**row, **content} for row, content in zip(picked, contents)]
-        return await ui_list(request, await _encoded(picked), page=query.page, has_more=more)
+            graph = await self.reader.graph(records, steps)
+        return ui_one(request, graph)
 
     # -- logs
+
+    def _task(self, request: Request) -> Optional[TaskNode]:
+        params = request.params
+        return self.store.find_task(params["flow"], params["run"], params["step"], params["task"])
 
     async def _log_of(
         self, request: Request
@@ -10452,55 +9860,36 @@ class UiApi:
         task = self._task(request)
         if task is None:
             return None
-        attempts = self.store.facts(task).attempts
-        text = request.arg("attempt_id")
-        if text is None:
-            attempt = max(attempts, default=0)
-        elif (
-            text.isascii()
-            and text.isdigit()
-            and len(text) < 6
-            and (int(text) in attempts or int(text) == 0)
-        ):
+        attempts, text = self.store.facts(task).attempts, request.arg("attempt_id")
+        attempt = max(attempts, default=0)
+        if text is not None:
+            if not is_number(text) or int(text[:6]) not in {0, *attempts}:
+                return None
             attempt = int(text)
-        else:
-            return None
         place: Dict[str, Any] = {"ds_type": None, "ds_root": None}
         for record in await self.store.metadata(task):
             field = str(record.get("field_name")).replace("-", "_")
-            if (
-                field in place
-                and attempt_of_tags(record.get("tags")) in (attempt, None)
-                and place[field] is None
-            ):
-                place[field] = record.get("value")
-        run = task.run
-        return (run.flow, run.id, task.step.name, task.id), attempt, place
+            if field in place and place[field] is None:
+                if attempt_of_tags(record.get("tags")) in (attempt, None):
+                    place[field] = record.get("value")
+        return _path_of(task), attempt, place
 
     def log_handler(self, stream: str) -> Callable[[Request], Any]:
-        """GET .../logs/out or .../logs/err; stream is "stdout" or "stderr"."""
+        """GET .../logs/out or .../logs/err: a page of rows; stream is "stdout" or "stderr"."""
 
         async def get_log(request: Request) -> Response:
-            """One page of the log's rows."""
             found = await self._log_of(request)
             if found is None:
-                return json_response({"data": []}, 404)  # as recorded; the UI shows an empty log
+                return json_response({"data": []}, 404)  # the UI shows an empty log
             task, attempt, place = found
             args = request.args()
             page, limit = parse_page(args, default_limit=LOG_LIMIT, max_limit=MAX_LOG_LIMIT)
             reverse = ("row", True) in list(parse_order(args, ("row",)))[:1]
-            log = await self.site.reader.log_page(
-                task,
-                attempt,
-                stream,
-                limit=limit,
-                page=page,
-                reverse=reverse,
-                **place,
+            log = await self.reader.log_page(
+                task, attempt, stream, limit=limit, page=page, reverse=reverse, **place
             )
-            return await ui_list(
-                request, log.rows, page=page, has_more=page < log.pages, last_page=log.pages
-            )
+            more = page < log.pages
+            return ui_list(request, log.rows, page=page, has_more=more, last_page=log.pages)
 
         return get_log
 
@@ -10512,7 +9901,7 @@ class UiApi:
             if found is None:
                 return json_response({"data": []}, 404)
             task, attempt, place = found
-            pieces = await self.site.reader.log_download(task, attempt, stream, **place)
+            pieces = await self.reader.log_download(task, attempt, stream, **place)
             name = log_file_name(task, attempt, stream)
             headers = [("Content-Disposition", f"Attachment;filename={name}")]
             return Response(200, b"", "application/octet-stream", headers, stream=pieces)
@@ -10521,52 +9910,38 @@ class UiApi:
 
     # -- cards
 
-    def _card_task(self, request: Request) -> Optional[Tuple[str, str, str, str]]:
-        task = self._task(request)
-        return (task.run.flow, task.run.id, task.step.name, task.id) if task else None
-
     async def get_cards(self, request: Request) -> Response:
         """GET .../cards: always with the envelope, since the UI reads `status` in it."""
-        task = self._card_task(request)
+        task = self._task(request)
         if task is None:
             return json_response({"data": []}, 404)
-        cards = await self.site.reader.cards(task)
+        cards = await self.reader.cards(_path_of(task))
         page, limit = parse_page(request.args(), default_limit=MAX_PAGE_LIMIT)
         limit = limit or max(len(cards), 1)
         last = max(-(-len(cards) // limit), 1)
-        parts = await _encoded(cards[(page - 1) * limit : page * limit])
-        return await ui_list(request, parts, page=page, has_more=page < last, last_page=last)
+        parts = await encode_rows(cards[(page - 1) * limit : page * limit])
+        return ui_list(request, parts, page=page, has_more=page < last, last_page=last)
 
     async def get_card(self, request: Request) -> Response:
-        """GET .../cards/{hash}: the card's HTML."""
-        task, name = self._card_task(request), request.params["hash"]
-        html = await self.site.reader.card(task, name) if task else None
+        """GET .../cards/{hash}: the card's HTML, which only pages of this machine and allowed ones may frame."""
+        task, name = self._task(request), request.params["hash"]
+        if task is None:
+            return text_response("There is no such task.", 404)
+        html = await self.reader.card(_path_of(task), name)
         if html is None:
-            text = (
-                "There is no such card yet. It may still be in the making: try again."
-                if task
-                else "There is no such task."
-            )
-            return text_response(text, 404)
-        friends = [
-            "'self'",
-            "http://localhost:*",
-            "http://127.0.0.1:*",
-            *self.settings.allowed_origins,
+            return text_response("There is no such card yet. It may still be in the making.", 404)
+        local = ("'self'", "http://localhost:*", "http://127.0.0.1:*")
+        ancestors = " ".join([*local, *self.settings.allowed_origins])
+        headers = [
+            ("Cache-Control", "no-cache"),
+            ("Content-Security-Policy", f"frame-ancestors {ancestors}"),
         ]
-        policy = ("Content-Security-Policy", "frame-ancestors " + " ".join(friends))
-        return Response(
-            200,
-            b"",
-            "text/html; charset=utf-8",
-            [("Cache-Control", "no-cache"), policy],
-            stream=html,
-        )
+        return Response(200, b"", "text/html; charset=utf-8", headers, stream=html)
 
     async def get_card_data(self, request: Request) -> Response:
         """GET .../cards/{hash}/data: what a card that changes while its task runs shows now."""
-        task, name = self._card_task(request), request.params["hash"]
-        data = await self.site.reader.card_data(task, name) if task else None
+        task, name = self._task(request), request.params["hash"]
+        data = await self.reader.card_data(_path_of(task), name) if task else None
         if data is None:
             return json_response({"error": "there is no data for this card yet"}, 404)
         return Response(200, data, JSON_TYPE)
@@ -10576,7 +9951,7 @@ class UiApi:
     async def _all_tags(self) -> List[str]:
         tags: Set[str] = set()
         pace = Pacer()
-        for run in await self._all_runs(None):
+        for run in await self.store.check(await self._runs(None)):
             record = run.self_record
             for key in ("tags", "system_tags"):
                 tags.update([tag for tag in record.get(key) or () if isinstance(tag, str)])
@@ -10597,8 +9972,8 @@ class UiApi:
                 found.append(row)
             await pace()
         picked, more = arrange(found, query._replace(order=(), groups=[]))
-        parts = await _encoded([row[column] for row in picked])
-        return await ui_list(request, parts, page=query.page, has_more=more)
+        parts = [dumps(row[column]) for row in picked]
+        return ui_list(request, parts, page=query.page, has_more=more)
 
     async def complete_tags(self, request: Request) -> Response:
         """GET /tags/autocomplete?tag:co=x."""
@@ -10606,29 +9981,26 @@ class UiApi:
 
     async def complete_flows(self, request: Request) -> Response:
         """GET /flows/autocomplete?flow_id:co=x."""
-        return await self._complete(
-            request, "flow_id", sorted([flow.name for flow in await self.store.flows()])
-        )
+        names = sorted([flow.name for flow in await self.store.flows()])
+        return await self._complete(request, "flow_id", names)
 
     async def complete_runs(self, request: Request) -> Response:
         """GET /flows/{flow}/runs/autocomplete?run:co=x, newest first."""
-        return await self._complete(
-            request, "run", [run.id for run in await self._all_runs(request.params["flow"])]
-        )
+        runs = await self._runs(request.params["flow"])
+        return await self._complete(request, "run", [run.id for run in runs])
 
     async def complete_steps(self, request: Request) -> Response:
         """GET .../steps/autocomplete?step_name:co=x."""
-        run = self._run(request)
-        names = sorted([step.name for step in self.store.steps(run)]) if run else []
-        return await self._complete(request, "step_name", names)
+        steps = await self.site.nodes(_target_of(request, "steps"))
+        return await self._complete(request, "step_name", sorted([step.name for step in steps]))
 
     async def complete_artifacts(self, request: Request) -> Response:
         """GET .../artifacts/autocomplete?name:co=x: from some tasks of every step."""
-        run = self._run(request)
         names: Set[str] = set()
-        for step in self.store.steps(run) if run else []:
+        for step in await self.site.nodes(_target_of(request, "steps")):
             for task in (await self.store.tasks(step))[:COMPLETED_TASKS]:
-                names.update([record["name"] for record in await self.store.artifacts(task)])
+                for made in await self.site.rows_of("artifacts", task):
+                    names.add(made.row["name"])
         return await self._complete(request, "name", sorted(names))
 
     # -- the UI's own configuration
@@ -10636,21 +10008,18 @@ class UiApi:
     def get_notifications(self, request: Request) -> Response:
         """GET /notifications: a bare list from a file, filtered by `field[:op]=`; null passes every test."""
         found = [_notification(entry) for entry in read_json_list(self.settings.notifications)]
-        rows = [row for row in found if row is not None]
-        return json_response(
-            [row for row in rows if all(_announced(row, arg) for arg in request.args())]
-        )
+        args = request.args()
+        rows = [row for row in found if row is not None and all(_announced(row, a) for a in args)]
+        return json_response(rows)
 
     def get_links(self, request: Request) -> Response:
         """GET /links: a bare list of {href, label} from the links file."""
+        if not self.settings.links:
+            return json_response(DEFAULT_LINKS)
         entries = read_json_list(self.settings.links)
-        return json_response(
-            [
-                e
-                for e in entries
-                if isinstance(e.get("href"), str) and isinstance(e.get("label"), str)
-            ]
-        )
+        texts = [(entry.get("href"), entry.get("label")) for entry in entries]
+        good = [isinstance(href, str) and isinstance(label, str) for href, label in texts]
+        return json_response([entry for entry, is_link in zip(entries, good) if is_link])
 
     def get_plugins(self, request: Request) -> Response:
         """GET /plugin: a bare list; the UI dies of anything else."""
@@ -10658,19 +10027,16 @@ class UiApi:
 
     def _plugins(self) -> Iterator[Tuple[Record, str]]:
         """(what is told, directory) of each {"path", "name"?, "parameters"?} in the plugins file."""
-        source = self.settings.plugins or ""
+        base = os.path.dirname(self.settings.plugins or "")
         for entry in read_json_list(self.settings.plugins):
             if not isinstance(entry.get("path"), str):
                 continue
-            folder = os.path.realpath(os.path.join(os.path.dirname(source), entry["path"]))
+            folder = os.path.realpath(os.path.join(base, entry["path"]))
             try:
-                files = sorted(
-                    name
-                    for name in os.listdir(folder)
-                    if os.path.isfile(os.path.join(folder, name))
-                )
-                with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
-                    config = json.load(file)
+                paths = {name: os.path.join(folder, name) for name in os.listdir(folder)}
+                files = sorted(name for name, path in paths.items() if os.path.isfile(path))
+                manifest = os.path.join(folder, "manifest.json")
+                config = json.loads(read_regular(manifest, CONFIG_FILE_BYTES, follow=True))
             except (OSError, ValueError, RecursionError):
                 continue
             if isinstance(config, dict) and isinstance(config.get("name", entry.get("name")), str):
@@ -10682,50 +10048,29 @@ class UiApi:
                 yield told, folder
 
     def get_plugin(self, request: Request) -> Response:
-        """GET /plugin/{name}."""
-        for plugin, _ in self._plugins():
-            if plugin["name"] == request.params["name"]:
-                return json_response(plugin)
-        return json_response("Plugin not found", 404)
-
-    def get_plugin_file(self, request: Request) -> Response:
-        """GET /plugin/{name}/{file}: a file of the plugin's directory, no link and nothing below it."""
+        """GET /plugin/{name} and /plugin/{name}/{file}: no links, and nothing below the plugin's directory."""
+        file = request.params.get("file")
         for plugin, folder in self._plugins():
             if plugin["name"] == request.params["name"]:
-                if request.params["file"] not in plugin["files"]:
+                if file is None:
+                    return json_response(plugin)
+                if file not in plugin["files"]:
                     return text_response("File not found", 404)
-                return _plugin_file(request, os.path.join(folder, request.params["file"]))
+                return _plugin_file(request, os.path.join(folder, file))
         return json_response("Plugin not found", 404)
 
 
-def encoded_task_row(task: TaskNode, row: Row) -> bytes:
-    """One of `ui_task_rows`' rows as JSON; encoded once for those that are remembered."""
-    memo = task.memo
-    if memo is not None:
-        for place, known in enumerate(memo.rows):
-            if known is row:
-                return encoded_task_rows(task, memo.rows)[place]
-    return dumps(row)
-
-
-def _ui_row_time(row: Row) -> int:
-    return row["ts_epoch"] or 0
-
-
-def _ui_run_time(run: RunNode) -> int:
-    return run.self_record.get("ts_epoch") or 0
+def _path_of(task: TaskNode) -> Tuple[str, str, str, str]:
+    return task.run.flow, task.run.id, task.step.name, task.id
 
 
 def read_json_list(path: Optional[str]) -> List[Record]:
     """The objects of a JSON file that holds a list; [] without a file and for one that cannot be used.
 
-    Never an error: the UI cannot be started with one here (ui-needs 5).
+    Never an error: the UI does not start with one here.
     """
-    if not path:
-        return []
     try:
-        with open(path, "rb") as file:
-            value = json.loads(file.read(CONFIG_FILE_BYTES))
+        value = json.loads(read_regular(path, CONFIG_FILE_BYTES, follow=True)) if path else []
     except (OSError, ValueError, RecursionError):
         return []
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
@@ -10753,10 +10098,7 @@ def _notification(entry: Record) -> Optional[Record]:
     }
 
 
-_ANNOUNCED: Mapping[str, Callable[[Any, Any], bool]] = {
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
-    "ge": operator.ge,
-}  # fmt: skip
+_ANNOUNCED = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 
 def _announced(row: Record, arg: Tuple[str, str]) -> bool:
@@ -10765,10 +10107,8 @@ def _announced(row: Record, arg: Tuple[str, str]) -> bool:
     value, test = row.get(field), _ANNOUNCED.get(op or "eq")
     if value is None or test is None:
         return True
-    if isinstance(value, str):
-        return test(value, arg[1])
     try:
-        return test(value, float(arg[1]))
+        return bool(test(value, arg[1] if isinstance(value, str) else float(arg[1])))
     except ValueError:
         return False
 
@@ -10809,6 +10149,21 @@ class _Search:
         self.fraction = fraction
         return self.say(type="progress", fraction=fraction)
 
+    async def matches(
+        self, scopes: Sequence[str], key: str, value: Optional[str]
+    ) -> Optional[List[Record]]:
+        """The first match of each task, a searchable one if there is one; None when the client has gone."""
+        found = await self.foreach(key, value) if "FOREACH_VARIABLE" in scopes else []
+        artifacts = await self.artifacts(key, value) if "ARTIFACT" in scopes else []
+        if artifacts is None:
+            return None
+        tasks: Dict[Tuple[str, str], Record] = {}
+        for match in found + artifacts:
+            place = (match["step_name"], match["task_id"])
+            if place not in tasks or (match["searchable"] and not tasks[place]["searchable"]):
+                tasks[place] = match
+        return list(tasks.values())
+
     async def artifacts(self, key: str, value: Optional[str]) -> Optional[List[Record]]:
         """Matches among the newest attempts' artifacts called `key`; None when the client has gone."""
         tasks = await self.store.run_tasks(self.run) if self.run else []
@@ -10816,11 +10171,8 @@ class _Search:
         waiting: List[Record] = []
         for place, task in enumerate(tasks, 1):
             records = await self.store.artifacts(task)
-            waiting += [
-                r
-                for r in records
-                if r["name"] == key and r["attempt_id"] == records[0]["attempt_id"]
-            ]
+            newest = records[0]["attempt_id"] if records else 0
+            waiting += [r for r in records if r["name"] == key and r["attempt_id"] == newest]
             if len(waiting) >= SEARCH_SLICE or place == len(tasks):
                 hits = await self.reader.search(waiting, value)
                 found += [hit for hit in hits if hit is not None]
@@ -10829,22 +10181,15 @@ class _Search:
                 return None
         return found
 
-    async def matches(
-        self, scopes: Sequence[str], key: str, value: Optional[str]
-    ) -> Optional[List[Record]]:
-        """All matches in the scopes; None when the client has gone."""
-        found = await self.foreach(key, value) if "FOREACH_VARIABLE" in scopes else []
-        artifacts = await self.artifacts(key, value) if "ARTIFACT" in scopes else []
-        return None if artifacts is None else found + artifacts
-
     async def foreach(self, key: str, value: Optional[str]) -> List[Record]:
         """Matches among the foreach variables of tasks."""
         found = []
         for task, facts in await self.store.run_facts(self.run) if self.run else []:
             if facts.foreach_stack is not None:
+                flow, run, step, id = _path_of(task)
                 record = {
-                    "flow_id": task.run.flow, "run_number": task.run.id, "step_name": task.step.name,
-                    "task_id": task.id, "value": facts.foreach_stack,
+                    "flow_id": flow, "run_number": run, "step_name": step, "task_id": id,
+                    "value": facts.foreach_stack,
                 }  # fmt: skip
                 match = search_foreach(record, key, value)
                 if match is not None:
@@ -10853,35 +10198,33 @@ class _Search:
 
 
 async def search_socket(site: Site, socket: UiSocket) -> None:
-    """Serves one search (api 4.5): ?key=NAME[&value=V][&scope=ARTIFACT,FOREACH_VARIABLE]."""
+    """Serves one search: ?key=NAME[&value=V][&scope=ARTIFACT,FOREACH_VARIABLE]."""
+    import asyncio
+
     request = socket.request
-    search = _Search(site, socket, site.store.run(request.params["flow"], request.params["run"]))
+    run = site.store.run(request.params["flow"], request.params["run"])
+    search = _Search(site, socket, run)
     key, value = request.arg("key"), request.arg("value")
     scopes = (request.arg("scope") or "ARTIFACT").split(",")
     if not key or not {"ARTIFACT", "FOREACH_VARIABLE"}.intersection(scopes):
-        detail = (
-            "the search needs a key" if not key else "the scope is ARTIFACT or FOREACH_VARIABLE"
-        )
+        detail = "the scope is ARTIFACT or FOREACH_VARIABLE" if key else "the search needs a key"
         search.say(type="error", message=detail, id="invalid-search", traceback=None, key=key)
         socket.close(1000 if key else 1011, detail)
         return
-    import asyncio
-
-    ear = asyncio.ensure_future(
-        _until_closed(socket)
-    )  # pings are answered, and pongs heard, by reading
+    # Pings are answered, and the end of the client is noticed, only while somebody reads.
+    closed = asyncio.ensure_future(_until_closed(socket))
     work = asyncio.ensure_future(search.matches(scopes, key, value))
     try:
-        await asyncio.wait((ear, work), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((closed, work), return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             found = work.result()
             if found is not None:
-                search.say(type="result", matches=_each_task_once(found))
+                search.say(type="result", matches=found)
                 socket.close(1000)
     finally:
-        ear.cancel()
+        closed.cancel()
         work.cancel()
-        await asyncio.wait((ear, work))
+        await asyncio.wait((closed, work))
 
 
 async def _until_closed(socket: UiSocket) -> None:
@@ -10893,51 +10236,39 @@ async def _until_closed(socket: UiSocket) -> None:
         pass  # whatever it was: the client cannot be heard any more
 
 
-def _each_task_once(found: Iterable[Record]) -> List[Record]:
-    """The first match of each task; one that could be searched comes before one that could not."""
-    tasks: Dict[Tuple[str, str], Record] = {}
-    for match in found:
-        key = (match["step_name"], match["task_id"])
-        if key not in tasks or (match["searchable"] and not tasks[key]["searchable"]):
-            tasks[key] = match
-    return list(tasks.values())
-
-
 # -- routes
 
 
-def register_ui_routes(router: Router, site: Site) -> UiApi:
-    """Adds every route of the UI backend but the WebSockets (section 14) and /metadata (section 11)."""
+def register_ui_routes(router: Router, site: Site) -> None:
+    """Adds every route of the UI backend but the WebSockets and /metadata."""
     api = UiApi(site)
     run, step = "/flows/{flow}/runs/{run}", "/flows/{flow}/runs/{run}/steps/{step}"
     task = step + "/tasks/{task}"
-    features, version = (
-        json_response(FEATURES),
-        text_response(f"{SERVICE_VERSION}-mflocal-{VERSION}"),
-    )
-    pong, config = text_response("pong"), json_response({})
+    features, config = json_response(FEATURES), json_response({})
+    version = text_response(f"{SERVICE_VERSION}-mflocal-{VERSION}")
+    pong = text_response("pong")
     routes: List[Tuple[str, Callable[[Request], Any]]] = [
-        ("/flows", api.get_flows),
+        ("/flows", api.list_handler("flows")),
         ("/flows/autocomplete", api.complete_flows),
-        ("/flows/{flow}", api.get_flow),
+        ("/flows/{flow}", api.one_handler("flows")),
         ("/runs", api.get_runs),
         ("/flows/{flow}/runs", api.get_runs),
         ("/flows/{flow}/runs/autocomplete", api.complete_runs),
-        (run, api.get_run),
+        (run, api.one_handler("runs")),
         (run + "/parameters", api.get_parameters),
         (run + "/dag", api.get_dag),
-        (run + "/metadata", api.get_metadata),
+        (run + "/metadata", api.list_handler("metadata")),
         (run + "/artifacts", api.get_artifacts),
         (run + "/artifacts/autocomplete", api.complete_artifacts),
-        (run + "/tasks", api.get_run_tasks),
-        (run + "/steps", api.get_steps),
+        (run + "/tasks", api.tasks_handler()),
+        (run + "/steps", api.list_handler("steps")),
         (run + "/steps/autocomplete", api.complete_steps),
-        (step, api.get_step),
+        (step, api.one_handler("steps")),
         (step + "/artifacts", api.get_artifacts),
-        (step + "/tasks", api.get_step_tasks),
-        (task, api.get_task),
-        (task + "/attempts", api.get_attempts),
-        (task + "/metadata", api.get_metadata),
+        (step + "/tasks", api.tasks_handler(_NEWEST_ATTEMPT)),
+        (task, api.one_handler("tasks")),
+        (task + "/attempts", api.tasks_handler(_NEWEST_ATTEMPT)),
+        (task + "/metadata", api.list_handler("metadata")),
         (task + "/artifacts", api.get_artifacts),
         (task + "/logs/out", api.log_handler("stdout")),
         (task + "/logs/err", api.log_handler("stderr")),
@@ -10956,11 +10287,10 @@ def register_ui_routes(router: Router, site: Site) -> UiApi:
         ("/notifications", api.get_notifications),
         ("/plugin", api.get_plugins),
         ("/plugin/{name}", api.get_plugin),
-        ("/plugin/{name}/{file}", api.get_plugin_file),
+        ("/plugin/{name}/{file}", api.get_plugin),
     ]
     for pattern, handler in routes:
         router.add("GET", API_PREFIX + pattern, handler)
-    return api
 
 
 # ---- 15. Server: connections, deadlines, access, draining ----
@@ -11571,11 +10901,11 @@ class Service:
         except OSError as error:  # what is there can be served all the same
             log(f"nothing can be written: {error}")
         self.liveness = Liveness(self.store, settings.run_cutoff)
-        self.site = Site(self.store, self.liveness, settings)
+        self.site = Site(self.store, self.liveness, settings, log)
         self.subscriptions = Subscriptions(self.site, log)
         self.router = Router()
         register_metadata_routes(self.router, MetadataApi(self.site))
-        self.ui = register_ui_routes(self.router, self.site)
+        register_ui_routes(self.router, self.site)
         self.router.add("GET", f"{API_PREFIX}/ws", lambda request: Takeover(self._ui_socket))
         for pattern in SEARCH_PATTERNS:
             self.router.add("GET", pattern, lambda request: Takeover(self._search_socket))
@@ -11648,7 +10978,7 @@ class Service:
         await asyncio.sleep(0)
 
     def _trim(self) -> None:
-        self.store.trim(self.liveness.runs() | self.subscriptions.runs() | self.ui.runs())
+        self.store.trim(self.liveness.runs() | self.subscriptions.runs())
 
     # -- idleness
 

@@ -279,7 +279,8 @@ def test_the_rest(ui: Any) -> None:
     assert features and all(
         name.startswith("FEATURE_") and value is True for name, value in features.items()
     )
-    for path in ("/api/plugin", "/api/links", "/api/notifications?start:le=5&end:ge=5"):
+    assert [link["label"] for link in ui.get("/api/links")] == ["Documentation", "Help"]
+    for path in ("/api/plugin", "/api/notifications?start:le=5&end:ge=5"):
         assert ui.get(path) == []
     assert ui("GET", "/api/ping").body == "pong" and ui("GET", "/api/config").body == {}
     assert ui("GET", "/api/version").headers["content-type"].startswith("text/plain")

@@ -1,19 +1,18 @@
-"""The rows of the UI, made from trees that real flows wrote in local mode."""
+"""The rows of the UI over HTTP, made from what a real flow wrote in local mode."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Coroutine
+from typing import Any, Callable
 
 import pytest
-
-import mflocal
+from conftest import Client
 
 FLOW = Path(__file__).resolve().parent / "flows" / "ui_tiny.py"
 RUN_KEYS = (
@@ -37,44 +36,6 @@ ARTIFACT_KEYS = (
 ).split()
 
 
-class Root:
-    """A root as the service sees it, and the row builders bound to it."""
-
-    def __init__(self, root: Path, **settings: Any) -> None:
-        self.settings = mflocal.Settings(root=str(root), **settings)
-        temp = root / ".metaflow" / ".mflocal" / "tmp"
-        temp.mkdir(parents=True, exist_ok=True)
-        self.store = mflocal.Store(self.settings.metaflow_dir, str(temp))
-        self.liveness = mflocal.Liveness(self.store)
-        self.site = mflocal.Site(self.store, self.liveness, self.settings)
-
-    async def state(self, run: Any, **options: Any) -> Any:
-        return await mflocal.run_state(self.site, run, **options)
-
-    async def run_row(self, run: Any) -> dict[str, Any]:
-        return await mflocal.ui_run_row(self.site, run)
-
-    async def task_rows(self, task: Any) -> list[dict[str, Any]]:
-        facts = self.store.facts(task)
-        return mflocal.ui_task_rows(self.site, task, facts, await self.state(task.run))
-
-    async def details(self, task: Any) -> list[dict[str, Any]]:
-        facts = self.store.facts(task)
-        return await mflocal.ui_task_details(self.site, task, facts, await self.state(task.run))
-
-    async def the_run(self) -> Any:
-        flow = self.store.flow("UiTinyFlow")
-        assert flow is not None
-        return (await self.store.runs(flow))[0]
-
-    async def tasks(self, step: str) -> list[Any]:
-        """A step's tasks, oldest first."""
-        run = await self.the_run()
-        node = self.store.step(run, step)
-        assert node is not None
-        return (await self.store.tasks(node))[::-1]
-
-
 def run_flow(root: Path, *options: str, ok: bool = True) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("METAFLOW")}
     env.update(
@@ -89,273 +50,155 @@ def run_flow(root: Path, *options: str, ok: bool = True) -> None:
     assert (done.returncode == 0) is ok, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a completed run."""
     root = tmp_path_factory.mktemp("finished")
     run_flow(root)
     return root
 
 
-@pytest.fixture(scope="session")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("broken")
-    run_flow(root, "--fail", "True", ok=False)
-    return root
+@pytest.fixture
+def ui(make_service: Callable[..., Client], finished: Path, tmp_path: Path) -> Client:
+    """A service on a copy of it."""
+    ignore = shutil.ignore_patterns(".mflocal")
+    shutil.copytree(finished / ".metaflow", tmp_path / ".metaflow", ignore=ignore)
+    return make_service(tmp_path)
 
 
-def test(
-    root: Path, **settings: Any
-) -> Callable[[Callable[[Root], Coroutine[Any, Any, None]]], None]:
-    """Runs a coroutine function at once on a fresh view of a root."""
-
-    def run(body: Callable[[Root], Coroutine[Any, Any, None]]) -> None:
-        asyncio.run(body(Root(root, **settings)))
-
-    return run
-
-
-test.__test__ = False  # type: ignore[attr-defined]
+def rows(ui: Client, path: str) -> list[dict[str, Any]]:
+    """A list below the run, oldest first."""
+    run = ui.get("/api/runs")["data"][0]["run"]
+    query = "_order=%2Bts_epoch&_limit=1000" + ("&" if "?" in path else "")
+    where, _, more = path.partition("?")
+    found: list[dict[str, Any]] = ui.get(f"/api/flows/UiTinyFlow/runs/{run}/{where}?{query}{more}")[
+        "data"
+    ]
+    return found
 
 
-def write_run(root: Path, tags: Any = ()) -> tuple[Root, Any]:
-    """A run that nobody heartbeats for, made through the store as local mode lays it out."""
-    (root / ".metaflow").mkdir(exist_ok=True)
-    made = Root(root)
-    flow = made.store.create_flow("UiTinyFlow", {})
-    return made, made.store.create_run(
-        flow, {"user_name": "tester", "tags": tags, "system_tags": []}
+def test_rows_of_a_completed_run(ui: Client) -> None:
+    (run,) = ui.get("/api/runs")["data"]
+    assert list(run) == RUN_KEYS
+    assert (run["status"], run["user"], run["run_id"]) == ("completed", "tester", None)
+    assert str(run["run_number"]) == run["run"]
+    assert run["finished_at"] - run["ts_epoch"] == run["duration"] > 0
+    assert "user:tester" in run["system_tags"] and run["tags"] == []
+    steps = rows(ui, "steps")
+    assert [row["step_name"] for row in steps] == ["_parameters", "start", "unit", "join", "end"]
+    assert all(list(row) == STEP_KEYS and row["duration"] >= 0 for row in steps)
+    assert {(row["run_number"], row["run_id"]) for row in steps} == {
+        (run["run_number"], run["run"])
+    }
+
+
+def test_one_row_per_attempt(ui: Client) -> None:
+    tasks = rows(ui, "tasks")
+    assert all(list(row) == TASK_KEYS for row in tasks)
+    unit = [row for row in tasks if row["step_name"] == "unit"]
+    first = min(row["task_id"] for row in unit)
+    retried = [row for row in unit if row["task_id"] == first]
+    assert len(unit) == 4
+    assert [(row["attempt_id"], row["status"]) for row in retried] == [
+        (0, "failed"),
+        (1, "completed"),
+    ]
+    for row in unit:
+        assert row["ts_epoch"] <= row["started_at"] <= row["finished_at"]
+        assert row["duration"] == row["finished_at"] - row["started_at"]
+        assert row["task_name"] is None
+    parameters = tasks[0]
+    assert (parameters["status"], parameters["started_at"], parameters["task_id"]) == (
+        "completed",
+        None,
+        0,
     )
+    assert parameters["task_ok"].endswith("/.metaflow")
 
 
-def test_completed_run(finished: Path) -> None:
-    @test(finished)
-    async def _(root: Root) -> None:
-        run = await root.the_run()
-        row = await root.run_row(run)
-        assert list(row) == RUN_KEYS
-        assert (row["status"], row["flow_id"], row["user"], row["run_id"]) == (
-            "completed",
-            "UiTinyFlow",
-            "tester",
-            None,
-        )
-        assert row["run_number"] == int(run.id) and row["run"] == run.id
-        assert row["finished_at"] - row["ts_epoch"] == row["duration"] > 0
-        assert "user:tester" in row["system_tags"] and row["tags"] == []
+def test_details_add_the_foreach_label(ui: Client) -> None:
+    detailed = rows(ui, "tasks?postprocess=true")
+    labels = {row["task_id"]: row.get("foreach_label") for row in detailed}
+    unit = sorted({row["task_id"] for row in detailed if row["step_name"] == "unit"})
+    assert [labels[id] for id in unit] == [f"{id}[{index}]" for index, id in enumerate(unit)]
+    assert labels[0] is None and labels[1] is None
+    assert all("foreach_label" not in row for row in rows(ui, "tasks"))
 
 
-def test_completed_run_is_remembered_until_its_end_changes(finished: Path) -> None:
-    @test(finished)
-    async def _(root: Root) -> None:
-        run = await root.the_run()
-        first = await root.state(run)
-        assert await root.state(run) is first and await root.state(run, cheap=True) is first
-        end = (await root.tasks("end"))[0]
-        ahead = mflocal.now_ms() + 1000
-        path = Path(end.path) / "_meta" / f"sysmeta_attempt_{ahead}.json"
-        try:
-            path.write_text(
-                json.dumps(
-                    {"field_name": "attempt", "value": "1", "type": "attempt", "ts_epoch": ahead}
-                )
-            )
-            again = await root.state(run)
-            assert (
-                again is not first and again.status == "completed"
-            )  # attempt_ok has been said, as recorded
-        finally:
-            path.unlink()
-
-
-def test_failed_run_without_heartbeats_is_failed_at_once(broken: Path) -> None:
-    @test(broken)
-    async def _(root: Root) -> None:
-        run = await root.the_run()
-        row = await root.run_row(run)
-        assert (row["status"], row["last_heartbeat_ts"]) == ("failed", None)
-        join = (await root.tasks("join"))[0]
-        assert [r["status"] for r in await root.task_rows(join)] == ["failed"]
-        assert row["finished_at"] == (await root.task_rows(join))[0]["finished_at"]
-
-
-def test_one_row_per_attempt(finished: Path) -> None:
-    @test(finished)
-    async def _(root: Root) -> None:
-        by_attempts = {task.id: await root.task_rows(task) for task in await root.tasks("unit")}
-        assert sorted(len(rows) for rows in by_attempts.values()) == [1, 1, 2]
-        retried = next(rows for rows in by_attempts.values() if len(rows) == 2)
-        assert [(r["attempt_id"], r["status"]) for r in retried] == [
-            (0, "failed"),
-            (1, "completed"),
-        ]
-        for row in retried:
-            assert list(row) == TASK_KEYS
-            assert row["ts_epoch"] <= row["started_at"] <= row["finished_at"]
-            assert row["duration"] == row["finished_at"] - row["started_at"]
-            assert isinstance(row["task_id"], int) and row["task_name"] is None
-
-
-def test_parameters_task_is_completed(finished: Path) -> None:
-    @test(finished)
-    async def _(root: Root) -> None:
-        rows = await root.task_rows((await root.tasks("_parameters"))[0])
-        assert [(r["status"], r["started_at"], r["task_id"]) for r in rows] == [
-            ("completed", None, 0)
-        ]
-        assert rows[0]["task_ok"].endswith("/.metaflow")
-
-
-def test_rows_of_finished_tasks_are_remembered(finished: Path) -> None:
-    @test(finished)
-    async def _(root: Root) -> None:
-        task = (await root.tasks("start"))[0]
-        rows = await root.task_rows(task)
-        assert await root.task_rows(task) is rows
-        encoded = mflocal.encoded_task_rows(task, rows)
-        assert json.loads(encoded[0]) == rows[0]
-        assert mflocal.encoded_task_rows(task, rows) is encoded
-        root.store.replace_tags(task.run, ["new"])
-        try:
-            changed = await root.task_rows(task)
-            assert changed[0]["tags"] == ["new"] and rows[0]["tags"] == []
-            assert json.loads(mflocal.encoded_task_rows(task, changed)[0])["tags"] == ["new"]
-        finally:
-            root.store.replace_tags(task.run, [])
-
-
-def test_details_add_the_foreach_label(finished: Path) -> None:
-    @test(finished)
-    async def _(root: Root) -> None:
-        labels = [
-            (await root.details(task))[-1]["foreach_label"] for task in await root.tasks("unit")
-        ]
-        ids = [task.id for task in await root.tasks("unit")]
-        assert labels == [f"{id}[{index}]" for index, id in enumerate(ids)]
-        assert "foreach_label" not in (await root.details((await root.tasks("start"))[0]))[0]
-        assert all(
-            "foreach_label" not in row
-            for row in await root.task_rows((await root.tasks("unit"))[0])
-        )
-
-
-def test_details_settle_what_is_unknown(finished: Path, tmp_path: Path) -> None:
+def test_details_settle_what_is_unknown(ui: Client) -> None:
     """An old client writes no attempt_ok: only the `_task_ok` artifact knows."""
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-a", str(finished), str(copy)], check=True)
-    for path in copy.glob(".metaflow/UiTinyFlow/*/start/*/_meta/sysmeta_attempt_ok_*"):
+    for path in ui.root.glob(".metaflow/UiTinyFlow/*/start/*/_meta/sysmeta_attempt_ok_*"):
         path.unlink()
-
-    @test(copy)
-    async def _(root: Root) -> None:
-        task = (await root.tasks("start"))[0]
-        assert [r["status"] for r in await root.task_rows(task)] == ["unknown"]
-        assert [r["status"] for r in await root.details(task)] == ["completed"]
-        assert [r["status"] for r in await root.task_rows(task)] == ["completed"]
+    assert [row["status"] for row in rows(ui, "steps/start/tasks")] == ["unknown"]
+    settled = rows(ui, "steps/start/tasks?postprocess=true")
+    assert [row["status"] for row in settled] == ["completed"]
+    assert [row["status"] for row in rows(ui, "steps/start/tasks")] == ["completed"]
 
 
-def test_step_rows(finished: Path) -> None:
-    @test(finished)
-    async def _(root: Root) -> None:
-        run = await root.the_run()
-        state = await root.state(run)
-        rows = [await mflocal.ui_step_row(root.site, step, state) for step in root.store.steps(run)]
-        assert [row["step_name"] for row in rows] == ["_parameters", "start", "unit", "join", "end"]
-        for row in rows:
-            assert list(row) == STEP_KEYS
-            assert row["run_number"] == int(run.id) and row["run_id"] == run.id
-            assert row["duration"] >= 0
+def test_rows_follow_the_files(ui: Client) -> None:
+    """What was shown is remembered only as long as it is true: tags, a new attempt."""
+    (task,) = rows(ui, "steps/start/tasks")
+    run = f"/flows/UiTinyFlow/runs/{task['run_number']}"
+    assert ui("PATCH", f"{run}/tag/mutate", {"tags_to_add": ["new"]}).status == 200
+    assert [row["tags"] for row in rows(ui, "steps/start/tasks")] == [["new"]]
+    meta = ui.root / f".metaflow/UiTinyFlow/{task['run_number']}/start/{task['task_id']}/_meta"
+    ahead = int(time.time() * 1000)
+    record = {"field_name": "attempt", "value": "1", "type": "attempt", "ts_epoch": ahead}
+    (meta / f"sysmeta_attempt_{ahead}.json").write_text(json.dumps(record))
+    assert [row["attempt_id"] for row in rows(ui, "steps/start/tasks")] == [1, 0]
 
 
-def test_metadata_and_artifact_rows(finished: Path) -> None:
-    @test(finished)
-    async def _(root: Root) -> None:
-        task = next(t for t in await root.tasks("unit") if len(root.store.facts(t).attempts) == 2)
-        metadata = [mflocal.ui_metadata_row(record) for record in await root.store.metadata(task)]
-        assert all(list(row) == METADATA_KEYS for row in metadata)
-        assert {row["attempt_id"] for row in metadata if row["field_name"] == "attempt_ok"} == {
-            0,
-            1,
-        }
-        stacks = [row["value"] for row in metadata if row["field_name"] == "foreach-stack"]
-        assert set(stacks) <= {"{items=0}"}  # Metaflow 2.12 writes none
-        artifacts = [
-            mflocal.ui_artifact_row(record, task.run) for record in await root.store.artifacts(task)
-        ]
-        assert all(list(row) == ARTIFACT_KEYS for row in artifacts)
-        assert {row["attempt_id"] for row in artifacts if row["name"] == "x"} == {0, 1}
+def test_metadata_artifacts_and_parameters(ui: Client) -> None:
+    task = min(row["task_id"] for row in rows(ui, "steps/unit/tasks"))
+    metadata = rows(ui, f"steps/unit/tasks/{task}/metadata")
+    assert all(list(row) == METADATA_KEYS for row in metadata)
+    said = {row["attempt_id"] for row in metadata if row["field_name"] == "attempt_ok"}
+    assert said == {0, 1}
+    stacks = {row["value"] for row in metadata if row["field_name"] == "foreach-stack"}
+    assert stacks <= {"{items=0}"}  # Metaflow 2.12 writes none
+    artifacts = rows(ui, f"steps/unit/tasks/{task}/artifacts")
+    assert all(list(row) == ARTIFACT_KEYS for row in artifacts)
+    assert {row["attempt_id"] for row in artifacts if row["name"] == "x"} == {0, 1}
+    run = f"/api/flows/UiTinyFlow/runs/{artifacts[0]['run_number']}"
+    assert ui.get(f"{run}/parameters")["data"] == {"fail": {"value": False}, "n": {"value": 3}}
 
 
-def test_parameters(finished: Path) -> None:
-    @test(finished)
-    async def _(root: Root) -> None:
-        run = await root.the_run()
-        told = await mflocal.ui_parameters(root.site, run)
-        assert told == {"fail": {"value": False}, "n": {"value": 3}}
+def test_a_failed_run_without_heartbeats_is_failed_at_once(
+    make_service: Callable[..., Client], tmp_path: Path
+) -> None:
+    run_flow(tmp_path, "--fail", "True", ok=False)
+    ui = make_service(tmp_path)
+    (run,) = ui.get("/api/runs")["data"]
+    (join,) = rows(ui, "steps/join/tasks")
+    assert (run["status"], run["last_heartbeat_ts"], join["status"]) == ("failed", None, "failed")
+    assert run["finished_at"] == join["finished_at"]
 
 
-def test_string_ids_and_missing_tags(tmp_path: Path) -> None:
-    (tmp_path / ".metaflow").mkdir()
-    root = Root(tmp_path)
-
-    async def body() -> None:
-        flow = root.store.create_flow("UiTinyFlow", {})
-        run = root.store.create_run(flow, {}, "argo-abc.1")
-        step = root.store.create_step(run, "start", {})
-        task = root.store.create_task(step, {}, "pod-7")
-        row = await root.run_row(run)
-        assert (row["run_number"], row["run_id"], row["run"]) == ("argo-abc.1",) * 3
-        assert (row["tags"], row["system_tags"], row["user"]) == ([], [], None)
-        task_row = (await root.task_rows(task))[0]
-        assert (task_row["task_id"], task_row["task_name"], task_row["run_id"]) == (
-            "pod-7",
-            "pod-7",
-            "argo-abc.1",
-        )
-        assert task_row["system_tags"] == []
-
-    asyncio.run(body())
+def test_string_ids_and_missing_tags(service: Client) -> None:
+    service.post("/flows/UiTinyFlow", {})
+    service.post("/flows/UiTinyFlow/run", {"run_number": "argo-abc.1"})
+    run = "/flows/UiTinyFlow/runs/argo-abc.1"
+    service.post(f"{run}/steps/start/step", {})
+    service.post(f"{run}/steps/start/task", {"task_id": "pod-7"})
+    row = service.get(f"/api{run}")["data"]
+    assert (row["run_number"], row["run_id"], row["run"]) == ("argo-abc.1",) * 3
+    assert (row["tags"], row["system_tags"], row["user"]) == ([], [], None)
+    (task,) = service.get(f"/api{run}/tasks")["data"]
+    assert (task["task_id"], task["task_name"], task["run_id"]) == ("pod-7", "pod-7", "argo-abc.1")
+    assert task["system_tags"] == []
 
 
-def test_running_and_lost_by_connection(tmp_path: Path) -> None:
-    root, run = write_run(tmp_path)
-    step = root.store.create_step(run, "start", {})
-    task = root.store.create_task(step, {"system_tags": []})
-    connection = object()
-
-    async def body() -> None:
-        root.liveness.bind_run(connection, run, None)
-        await root.store.add_metadata(
-            task, [{"field_name": "attempt", "value": "0", "type": "attempt"}]
-        )
-        root.liveness.bind_attempt(connection, task, 0, None)
-        assert (await root.run_row(run))["status"] == "running"
-        row = (await root.task_rows(task))[0]
-        assert (row["status"], row["finished_at"]) == ("running", None)
-        root.liveness.connection_closed(connection, by_client=True)
-        assert (await root.run_row(run))["status"] == "failed"
-        row = (await root.task_rows(task))[0]
-        assert row["status"] == "failed" and abs(row["finished_at"] - time.time() * 1000) < 60_000
-
-    asyncio.run(body())
-
-
-def test_long_failed_run_is_trusted_only_until_it_moves(tmp_path: Path) -> None:
-    root, run = write_run(tmp_path)
-
-    async def body() -> None:
-        past = mflocal.now_ms() - 3_600_000
-        run.record["ts_epoch"] = past
-        root.store.beat(run, past // 1000)
-        assert (await root.state(run)).status == "failed"
-        root.liveness.heartbeat(run)
-        assert (await root.state(run)).status == "running"
-
-    asyncio.run(body())
-
-
-def test_local_artifact_question() -> None:
-    assert mflocal.asks_for_local_artifacts([("ds_type", "local"), ("_limit", "1")])
-    assert not mflocal.asks_for_local_artifacts([("ds_type", "local"), ("_limit", "10")])
-    assert not mflocal.asks_for_local_artifacts(
-        [("ds_type", "local"), ("_limit", "1"), ("name", "x")]
-    )
+def test_a_run_that_failed_long_ago_runs_again_when_it_moves(service: Client) -> None:
+    service.post("/flows/UiTinyFlow", {})
+    number = service.post("/flows/UiTinyFlow/run", {"system_tags": []})["run_number"]
+    path = service.root / f".metaflow/UiTinyFlow/{number}/_meta/_self.json"
+    os.rename(path.parent.parent, path.parent.parent.with_name("1700000000000000"))
+    path = service.root / ".metaflow/UiTinyFlow/1700000000000000/_meta/_self.json"
+    record = {**json.loads(path.read_text()), "run_number": "1700000000000000"}
+    path.write_text(json.dumps({**record, "ts_epoch": 1_700_000_000_000}))
+    run = "/flows/UiTinyFlow/runs/1700000000000000"
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    for _ in range(2):
+        assert service.get(f"/api{run}")["data"]["status"] == "failed"
+    service.post(f"{run}/heartbeat", {})
+    assert service.get(f"/api{run}")["data"]["status"] == "running"
