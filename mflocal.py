@@ -8051,8 +8051,8 @@ class Site:
         self._log = log
         self._faults: Set[str] = set()
 
-    async def nodes(self, target: Target) -> List[Any]:
-        """What the rows of a target are made of, newest first."""
+    async def nodes(self, target: Target, most: Optional[int] = None) -> List[Any]:
+        """What the rows of a target are made of, newest first; at least the newest `most` of several runs."""
         store, kind = self.store, target.kind
         flows = await store.flows() if target.flow is None else _if_any(store.flow(target.flow))
         if kind == "flows":
@@ -8060,7 +8060,7 @@ class Site:
         if target.run is None:
             runs: List[RunNode] = []
             for flow in flows:
-                runs += await store.runs(flow)
+                runs += (await store.runs(flow))[:most]
             if len(flows) > 1:
                 runs.sort(key=_run_created, reverse=True)
             return runs
@@ -9780,43 +9780,51 @@ class UiApi:
 
     # -- runs
 
-    async def _runs(self, flow: Optional[str], args: Args = ()) -> List[RunNode]:
-        """The runs of one flow, of those that a filter names, or of all; newest first."""
+    async def _runs(
+        self, flow: Optional[str], args: Args = (), most: Optional[int] = None
+    ) -> List[RunNode]:
+        """The runs of one flow, of those that a filter names, or of all; newest first, at least `most`."""
         named = plain_values(args, "flow_id")
         if flow is not None or named is None:
-            return await self.site.nodes(Target("runs", flow))
+            return await self.site.nodes(Target("runs", flow), most)
         runs: List[RunNode] = []
-        for name in sorted(named):
-            runs += await self.site.nodes(Target("runs", name))
+        for name in named:
+            runs += await self.site.nodes(Target("runs", name), most)
         return sorted(runs, key=lambda run: run.self_record.get("ts_epoch") or 0, reverse=True)
 
     async def get_runs(self, request: Request) -> Response:
-        """GET /runs, /flows/{flow}/runs."""
+        """GET /runs, /flows/{flow}/runs: finds the runs of the page, then makes their rows."""
         args = request.args()
         query = parse_list_query(args, UI_COLUMNS["runs"])
-        runs = await self._runs(request.params.get("flow"), args)
-        if query.filters or query.groups or tuple(query.order) not in ((), _BY_TIME):
-            runs, more = await self._pick_runs(runs, query)
-        else:  # in the order that they come in: nothing of the others is read
-            begin = (query.page - 1) * query.limit
-            end = begin + query.limit if query.limit else len(runs)
-            runs, more = runs[begin:end], end < len(runs)
-        made = [one for run in runs for one in await self.site.rows_of("runs", run)]
+        by_time = not query.groups and tuple(query.order) in ((), _BY_TIME)
+        enough = query.page * query.limit + 1 if by_time and query.limit else None
+        most = None if query.filters else enough
+        runs = await self._runs(request.params.get("flow"), args, most)
+        views = await self._run_views(runs, query, enough)
+        picked, more = arrange(views, query._replace(order=()) if by_time else query)
+        made = [one for view in picked for one in await self.site.rows_of("runs", view[""])]
         parts = await encode_rows([one.row for one in made])
         return ui_list(request, parts, page=query.page, has_more=more)
 
-    async def _pick_runs(self, runs: List[RunNode], query: ListQuery) -> Tuple[List[RunNode], bool]:
-        """(the runs of a page, whether more follow), found by no more columns than the query looks at."""
+    async def _run_views(
+        self, runs: List[RunNode], query: ListQuery, enough: Optional[int]
+    ) -> List[Row]:
+        """The columns that the query looks at of the first `enough` runs that pass; the run itself is column ""."""
         columns, pace = [name for name in RUN_COLUMNS if name in query.columns], Pacer()
+        if enough and not query.filters:
+            columns = []  # they come in this order
         views: List[Row] = []
-        for run in await self.store.check(runs):
+        for run in runs:
+            if query.filters and not await self.store.check([run]):
+                continue
             view = await run_view(self.site, run, columns, cheap=True)
+            view[""] = run
             if matches(view, query.filters):
-                view[""] = run
                 views.append(view)
+                if len(views) == enough:
+                    break
             await pace()
-        picked, more = arrange(views, query)
-        return [view[""] for view in picked], more
+        return views
 
     async def get_parameters(self, request: Request) -> Response:
         """GET .../runs/{run}/parameters: an object {name: {"value"}}."""
