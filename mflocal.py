@@ -7229,12 +7229,6 @@ class Response:
         if chunked:
             yield LAST_CHUNK
 
-    async def discard(self) -> None:
-        """Lets the stream, if there is one, close what it has open."""
-        close = getattr(self.stream, "aclose", None)
-        if close is not None:
-            await close()
-
 
 def encode_chunk(data: bytes) -> bytes:
     """One piece of a stream as a chunk; an empty piece is nothing at all, as an empty chunk is the end."""
@@ -10302,42 +10296,33 @@ def register_ui_routes(router: Router, site: Site) -> None:
 
 
 # ---- 15. Server: connections, deadlines, access, draining ----
-UI_TYPES = {  # what a build of the UI consists of; the system's own table differs from machine to machine
-    "html": "text/html; charset=utf-8",
-    "js": "text/javascript; charset=utf-8",
-    "css": "text/css; charset=utf-8",
-    "json": "application/json",
-    "map": "application/json",
-    "svg": "image/svg+xml",
-    "png": "image/png",
-    "ico": "image/x-icon",
-    "jpg": "image/jpeg",
-    "gif": "image/gif",
-    "webp": "image/webp",
-    "txt": "text/plain; charset=utf-8",
-    "woff": "font/woff",
-    "woff2": "font/woff2",
-    "ttf": "font/ttf",
-    "webmanifest": "application/manifest+json",
-}
+#
+# 1. A Connection parses what its client sends and answers one request at a time, in order; meanwhile little
+#    more is read. An answer that is ready and short leaves at once; for all else there is a task, which waits
+#    for the handler and then sends as fast as the client reads.
+# 2. What reads for a client that has gone is cancelled; what writes is finished.
+# 3. Each connection has one deadline, by what it waits for. Bodies and unsent answers also have bounds over all
+#    connections together.
+# 4. Every end that the client causes (of its bytes, a reset, an error while writing to it) is told to Liveness
+#    as the client's, whatever was going on; what we end ourselves says nothing about the client.
+
+# What a build of the UI consists of; the system's own table differs from machine to machine.
+UI_TYPES = {
+    "html": "text/html; charset=utf-8", "js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8",
+    "txt": "text/plain; charset=utf-8", "json": "application/json", "webmanifest": "application/manifest+json",
+    "svg": "image/svg+xml", "png": "image/png", "ico": "image/x-icon", "jpg": "image/jpeg", "gif": "image/gif",
+    "webp": "image/webp", "woff": "font/woff", "woff2": "font/woff2", "ttf": "font/ttf",
+}  # fmt: skip
 
 
-class Takeover:
+class Takeover(NamedTuple):
     """What a handler returns instead of a Response when it wants the connection for a WebSocket."""
 
-    __slots__ = ("run",)
-
-    def __init__(self, run: Callable[[WebSocket], Awaitable[None]]) -> None:
-        self.run = run
+    run: Callable[[WebSocket], Awaitable[None]]
 
 
 class Connection:
-    """One client's TCP connection: an asyncio protocol that answers its requests one after the other.
-
-    An answer that is ready and short leaves at once; all else is done by a task, during which little more
-    is read. One deadline counts at a time. What the client causes (an end of its bytes, a reset, an error
-    while writing to it) is told to Liveness as closed by the client, whatever was going on.
-    """
+    """One client's TCP connection, an asyncio protocol."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -10417,10 +10402,8 @@ class Connection:
             self.websocket.end()
         elif self._task is not None and (self._handling is None or self._cancellable()):
             self._task.cancel()
-        if self._closed_by_us or service.draining or self._made_one_request():
-            liveness.connection_closed(self, by_client=False)
-        else:
-            liveness.connection_closed(self, by_client=True)
+        ours = self._closed_by_us or service.draining or self._made_one_request()
+        liveness.connection_closed(self, by_client=not ours)
 
     def pause_writing(self) -> None:
         """More waits for the client than should."""
@@ -10498,9 +10481,7 @@ class Connection:
         except Exception as error:
             result = service.failure(request, error)
         if isinstance(result, Response) and result.is_short and self._room is None:
-            data, result = self._encode(request, result, extra)
-            self._transport.write(data)
-            self._answered(request, self._keeps(request, result), result.status, began)
+            self._answered(request, self._write(request, result, extra), result.status, began)
         else:
             self._task = service.loop.create_task(self._complete(request, result, extra, began))
 
@@ -10537,50 +10518,47 @@ class Connection:
                 self._transport.resume_reading()
                 self._service.loop.call_soon(self._advance)
 
-    def _encode(
-        self, request: Request, response: Response, extra: Headers
-    ) -> Tuple[bytes, Response]:
-        """The answer as bytes, if it is short, else its head; and the answer, or what had to take its place."""
+    def _write(self, request: Request, response: Response, extra: Headers) -> bool:
+        """Writes an answer, or its head if it is not short; False when the connection must end with it."""
         close = self._service.draining
         try:
-            return response.encode(request, close=close, extra=extra), response
+            data = response.encode(request, close=close, extra=extra)
         except ValueError as error:  # a header that would break the framing
             self._service.log(f"{request.method} {request.path}: {error}")
             problem = Problem(500, "the answer cannot be sent; see `mflocal logs`")
-            response = problem_response(problem)
-            return response.encode(request, close=close), response
-
-    def _keeps(self, request: Request, response: Response) -> bool:
-        return response.keeps_alive(request) and not self._service.draining
+            response.body, response.stream, response.headers = dumps(problem.body()), None, []
+            response.status, response.content_type = problem.status, JSON_TYPE
+            data = response.encode(request, close=close)
+        self._transport.write(data)
+        return response.keeps_alive(request) and not close
 
     async def _send(self, request: Request, response: Response, extra: Headers) -> bool:
         """Sends an answer piece by piece; False when the connection must end with it."""
-        service = self._service
-        asked, cost = response, response.cost
-        if cost and service.unsent + cost > MAX_UNSENT:
-            problem = Problem(
-                503,
-                "too many long answers wait for clients that do not read",
-                headers={"Retry-After": "1"},
-            )
+        service, cost = self._service, response.cost
+        close_stream = getattr(response.stream, "aclose", None)
+        if cost and service.unsent and service.unsent + cost > MAX_UNSENT:
+            detail = "too many long answers wait for clients that do not read"
+            problem = Problem(503, detail, headers={"Retry-After": "1"})
             response, cost = problem_response(problem), 0
         service.unsent += cost
         try:
             if self._lost:
                 return False
-            head, response = self._encode(request, response, extra)
-            self._transport.write(head)
+            keep = self._write(request, response, extra)
             if not response.is_short and request.method != "HEAD":
                 async for piece in response.pieces(request):
-                    if self._room is not None:
-                        await self._room
+                    await self._drained()
                     self._transport.write(piece)
-            if self._room is not None:
-                await self._room
-            return self._keeps(request, response)
+            await self._drained()
+            return keep
         finally:
             service.unsent -= cost
-            await asked.discard()
+            if close_stream is not None:
+                await close_stream()
+
+    async def _drained(self) -> None:
+        if self._room is not None:
+            await self._room
 
     def _answered(self, request: Request, keep: bool, status: int, began: float) -> None:
         self.working = False
@@ -11717,7 +11695,10 @@ def listen(settings: Settings, lock_fd: int, last_port: int = 0) -> socket.socke
         try:
             found = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0]
             # It sets SO_REUSEADDR: else a port would be unusable for a minute after its daemon went.
-            sock = socket.create_server(found[4][:2], family=found[0], backlog=BACKLOG)
+            both = settings.host == "::" and socket.has_dualstack_ipv6()  # IPv4 too
+            sock = socket.create_server(
+                found[4][:2], family=found[0], backlog=BACKLOG, dualstack_ipv6=both
+            )
             break
         except OSError as error:
             problem = f"cannot listen on {settings.host} port {port}: {error.strerror or error}"

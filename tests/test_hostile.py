@@ -707,17 +707,18 @@ def test_slow_senders_are_sent_away(root: Path) -> None:
 
 def test_silence_is_allowed_to_what_speaks_for_work(root: Path) -> None:
     with Served(root, quick=QUICK) as served:
-        served.client.post("/flows/F", {})
-        data = json.dumps(BODY).encode()
-        post = (
-            b"POST /flows/F/run HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Length: %d\r\n\r\n" % len(data)
-            + data
-        )
         with served.connect() as speaks, served.connect() as other:
-            speaks.sendall(post)
-            assert speaks.recv(65536).startswith(b"HTTP/1.1 200")
+
+            def post(path: str) -> Any:
+                data = json.dumps(BODY).encode()
+                head = f"POST {path} HTTP/1.1\r\nContent-Length: {len(data)}\r\n".encode()
+                speaks.sendall(head + HOST + b"\r\n" + data)
+                return json.loads(speaks.recv(65536).partition(b"\r\n\r\n")[2])
+
+            post("/flows/F")
+            run = f"/flows/F/runs/{post('/flows/F/run')['run_number']}"
+            post(f"{run}/steps/start/step")
+            post(f"{run}/steps/start/task")
             other.sendall(b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n")
             assert rest_of(other)  # has been closed
             time.sleep(1)
@@ -1811,7 +1812,7 @@ def addresses() -> list[str]:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "0", "127.1", "name"])
 def test_what_we_listen_on_may_be_named(root: Path, host: str) -> None:
-    """The address that a client reached (a kubelet probes by IP), and what --host said, as a command sends it."""
+    """The address that a client reached (a kubelet probes by IP), and the one that commands speak to."""
     name = socket.gethostname()
     if host == "name":
         try:
@@ -1847,7 +1848,7 @@ def test_what_we_listen_on_may_be_named(root: Path, host: str) -> None:
                     403,
                 ]
         else:
-            assert ping(socket.gethostbyname(host), host, f"{host}:{served.port}") == [200, 200]
+            assert ping(socket.gethostbyname(host), served.state["address"]) == [200]
 
 
 # -- another user of this machine
