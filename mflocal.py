@@ -8104,7 +8104,7 @@ class Site:
         nodes = await self.nodes(target)
         state = None
         if nodes and target.kind in ("steps", "tasks"):
-            state = await self.state(nodes[0].run)
+            state = await run_state(self, nodes[0].run)
         # The UI asks for page after page of a wide run: what was looked at a moment ago still holds.
         known_since = time.monotonic() - (RECHECK_AFTER if len(nodes) > WIDE_RUN else 0)
         pace, made = Pacer(), []
@@ -8132,7 +8132,7 @@ class Site:
                 if facts is None or known_since is None or node.checked < known_since:
                     facts = self.store.facts(node)
                 if state is None and not attempt_is_over(facts):
-                    state = await self.state(node.run)
+                    state = await run_state(self, node.run)
                 return _task_rows(self, node, facts, state)
             if kind == "runs":
                 run = await self.store.check([node])
@@ -8145,7 +8145,7 @@ class Site:
                 row = await self.reader.parameters(await parameter_records(self, node))
                 return [Made("", now_ms(), row)] if row else []
             if kind == "steps":
-                return [await _made_step(self, node, state or await self.state(node.run))]
+                return [await _made_step(self, node, state or await run_state(self, node.run))]
             return [Made("", _ms(node.record or {}), flow_row(node.record or {}))]
         except Exception as error:
             # A directory deleted meanwhile, a record that is not what it should be, one that may not be read:
@@ -8156,10 +8156,6 @@ class Site:
                     self._faults.add(fault)
                     self._log(fault)
             return []
-
-    async def state(self, run: RunNode) -> RunStatus:
-        """Status, finish and duration of a run."""
-        return await run_state(self, run)
 
     async def details(self, task: TaskNode, made: List[Made]) -> List[Made]:
         """Rows of a task with what its artifacts add: `unknown` settled by `_task_ok`, `foreach_label`."""
@@ -8180,7 +8176,7 @@ class Site:
                 memo.ok[number] = value if isinstance(value, bool) else None
                 memo.made = []
         if not memo.made:
-            made = _task_rows(self, task, facts, await self.state(task.run))
+            made = _task_rows(self, task, facts, await run_state(self, task.run))
         label = await _foreach_label(self, task, facts)
         if not label:
             return made
@@ -9519,7 +9515,7 @@ class Subscriptions:
         """The status of a watched run, at most a second old."""
         if watch.state is None or time.monotonic() - watch.judged > 1.0:
             before, watch.judged = watch.status, time.monotonic()
-            watch.state = await self._site.state(run)
+            watch.state = await run_state(self._site, run)
             if before not in (
                 None,
                 watch.status,

@@ -378,9 +378,18 @@ def test_tags_are_pushed(served: Served, page: Page, kind: type[Flow]) -> None:
     flow.tags(run, "fresh")
     page.fence()
     assert page.told("0", "tags") == page.told("1", "tags") == [("UPDATE", ["t1", "fresh"])]
-    # A tag that another process wrote is found before anybody has looked at the run.
-    found = served.client.get(f"/api/runs?_tags=fresh&flow_id={flow.name}")["data"]
+
+
+def test_a_tag_of_another_process_is_found_at_once(served: Served) -> None:
+    """Though nobody watches the run, and it was listed before."""
+    flow = LocalFlow(served.client, served.root)
+    run, tag = flow.run(), f"tag-of-{flow.name}"
+    assert served.client.get(f"/api/flows/{flow.name}/runs")["data"]
+    flow.tags(run, tag)
+    found = served.client.get(f"/api/runs?_tags={tag}")["data"]
     assert [row["run"] for row in found] == [run.split("/")[4]]
+    flow.tags(run, tag, f"{tag}-too")
+    assert f"{tag}-too" in served.client.get(f"/api/tags/autocomplete?tag:co={tag}")["data"]
 
 
 def test_what_happens_right_after_subscribing_is_pushed(flow: Flow, page: Page) -> None:
@@ -417,7 +426,7 @@ def test_a_lost_connection_is_pushed_at_once(flow: Flow, page: Page) -> None:
 
 
 def test_old_heartbeats_are_pushed_once(tmp_path: Path) -> None:
-    with Served(tmp_path, env=clean_env(METAFLOW_LOCAL_SERVICE_RUN_CUTOFF="1")) as served:
+    with Served(tmp_path, env=clean_env(METAFLOW_LOCAL_SERVICE_RUN_CUTOFF="4")) as served:
         flow = Flow(served.client, tmp_path)
         run = flow.run()
         flow.task(flow.step(run, "start"))
