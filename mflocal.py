@@ -6730,11 +6730,6 @@ class Request:
     parameters, decoded, set by the router; connection: set by the server.
     """
 
-    __slots__ = (
-        "method", "path", "query", "authority", "headers", "body", "http10", "keep_alive", "connection", "params",
-        "_args",
-    )  # fmt: skip
-
     def __init__(
         self,
         method: str,
@@ -7165,8 +7160,6 @@ class Response:
     when it leaves; it goes in chunks unless `length` says how many bytes it has. close: the connection ends.
     headers is a list of (name, value); Content-Length, Transfer-Encoding and Connection are encode()'s own.
     """
-
-    __slots__ = ("status", "body", "content_type", "headers", "stream", "length", "close")
 
     def __init__(
         self,
@@ -10915,9 +10908,11 @@ class Service:
         self.router = Router()
         register_metadata_routes(self.router, MetadataApi(self.site))
         register_ui_routes(self.router, self.site)
-        self.router.add("GET", f"{API_PREFIX}/ws", lambda request: Takeover(self._ui_socket))
+        live = functools.partial(ui_socket, self.subscriptions)
+        search = functools.partial(search_socket, self.site)
+        self.router.add("GET", f"{API_PREFIX}/ws", lambda request: Takeover(live))
         for pattern in SEARCH_PATTERNS:
-            self.router.add("GET", pattern, lambda request: Takeover(self._search_socket))
+            self.router.add("GET", pattern, lambda request: Takeover(search))
         self.bundle: Optional[Bundle] = None
         try:
             self.bundle = Bundle(settings.ui_bundle) if settings.ui_bundle else None
@@ -11078,12 +11073,6 @@ class Service:
         """Bytes written to connections that their clients have not taken yet."""
         return sum(connection.unsent for connection in self.connections)
 
-    async def _ui_socket(self, websocket: WebSocket) -> None:
-        await ui_socket(self.subscriptions, websocket)
-
-    async def _search_socket(self, websocket: WebSocket) -> None:
-        await search_socket(self.site, websocket)
-
     def _static(self, request: Request) -> Response:
         if self.bundle is None:
             raise Problem(
@@ -11110,18 +11099,16 @@ def _connection_limit() -> int:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    unlimited, wanted = resource.RLIM_INFINITY, MAX_CONNECTIONS + SPARE_FILES
+    if soft != unlimited and soft < wanted:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            more = wanted if hard == unlimited else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         except (ValueError, OSError):
-            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return (
-        MAX_CONNECTIONS
-        if soft == resource.RLIM_INFINITY
-        else max(8, min(MAX_CONNECTIONS, soft - SPARE_FILES))
-    )
+            pass
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    room = MAX_CONNECTIONS if soft == unlimited else soft - SPARE_FILES
+    return max(8, min(MAX_CONNECTIONS, room))
 
 
 # ---- 16. Daemon: one per .metaflow; state files, locks, start, stop, control routes, log ----
