@@ -12,6 +12,7 @@ import array
 import base64
 import codecs
 import collections
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -19,8 +20,8 @@ import functools
 import gc
 import glob
 import heapq
-import importlib
 import io
+import itertools
 import json
 import math
 import operator
@@ -33,7 +34,6 @@ import socket
 import stat
 import struct
 import sys
-import threading
 import time
 import zlib
 from argparse import ArgumentTypeError
@@ -69,7 +69,6 @@ from typing import (
 if TYPE_CHECKING:
     # Imported by the functions that use it: `mflocal run` must not wait for the 60 ms of asyncio.
     import asyncio
-    from concurrent.futures import ThreadPoolExecutor
 
 
 # ---- 1. Settings: limits, flags and environment, which .metaflow ----
@@ -171,58 +170,47 @@ FALLBACK_ATTEMPTS = 3  # attempts that @catch adds to those of @retry (its NUM_F
 MAX_FILTER_VALUES = 1000  # values of one filter: a URL of 8 KiB holds no more useful ones
 MAX_LIKE = 1000  # characters of one value of a filter
 MAX_PATTERNS = 8  # regular expressions in one request or subscription; the UI sends one
-MAX_PATTERN_NODES = 400  # states of a client's regular expression, after x{m,n} is written out
 MAX_PATTERN_TEXT = 100_000  # characters of a text that a regular expression looks at
-MAX_PATTERN_WORK = (
-    200_000  # states visited for one text (about 0.1 s); met only by hostile patterns
-)
-MAX_PATTERN_CACHE = 20_000  # transitions kept per pattern (about 2 MiB)
+MAX_PATTERN_KNOWN = 50_000  # texts of which a subscription remembers whether its pattern fits
 
-# Readers of the datastore.
+# The reader.
 # Of one pickle that is read for display or search (the real service: 4 KiB); 500 characters are shown at
 # once.
-ARTIFACT_BYTES = 1024 * 1024
-ARTIFACT_PAGE_BYTES = (
-    8 * 1024 * 1024
-)  # of all contents of one answer; the UI asks for 50 artifacts at once
+ARTIFACT_BYTES = 1 * MIB
+ARTIFACT_PAGE_BYTES = 8 * MIB  # of all contents of one answer; the UI asks for 50 artifacts at once
 # Characters of one str(value): shared parts make a text exponentially longer than its pickle.
-ARTIFACT_TEXT = 2 * 1024 * 1024
-ARTIFACT_SECONDS = (
-    2.0  # for building one value: keys with equal hashes make sets and dicts quadratic
-)
-PARAMETER_BYTES = (
-    64 * 1024
-)  # of one parameter: all of them go out at once, in every preview and by WebSocket
-GRAPH_BYTES = 8 * 1024 * 1024  # of a `_graph_info`: 10,000 steps are about 4 MiB
-PICKLE_STEPS = (
-    600_000  # instructions of one pickle: with the next one, 70 MB for a moment in the worst case
-)
-PICKLE_OBJECTS = (
-    300_000  # of them that make a container or a memo entry (an empty set takes 216 bytes)
-)
-# 4,300 decimal digits, CPython's own limit: a longer one takes quadratic time to print.
-PICKLE_NUMBER_BYTES = 1785
-PICKLE_COPIED = (
-    64 * MIB
-)  # about what constructors may copy: a call is one instruction, its argument may be large
-PICKLE_KEY_DEPTH = 32  # of tuples in a dict key: hashing recurses in C without a check
-PICKLE_KEY_PARTS = 200_000  # parts of all keys together: shared parts are hashed again each time
-VALUE_DEPTH = 100  # of what is written as text or JSON; deeper is shown as ...
+ARTIFACT_TEXT = 2 * MIB
+FOREIGN_TEXT = 2000  # characters of an object of an unknown class; a longer one is only named
+ARRAY_VALUES = 1000  # of an array that is written out, as numpy does it
+FRAME_ROWS = 20  # of a pandas table that are written out
+PARAMETER_BYTES = 64 * KIB  # of one: all of them go out at once, in every preview and by WebSocket
+GRAPH_BYTES = 8 * MIB  # of a `_graph_info`: 10,000 steps are about 4 MiB
+VALUE_DEPTH = 100  # of a parameter or graph as JSON; deeper is shown as ...
 VALUE_PARTS = 200_000  # values in one parameter or graph as JSON
-TASK_INDEX_BYTES = 16 * 1024 * 1024  # of one N.data.json: 50,000 artifacts
-TASK_INDEX_CACHE = 32  # of those kept in memory
-LOG_HEADER = (
-    512  # bytes at the start of a line in which its mflog header must end; Metaflow writes 84
-)
-LOG_LINE_BYTES = 1024 * 1024  # of one line in a page; the rest is in the download
-LOG_PAGE_BYTES = 16 * 1024 * 1024  # of all lines in a page; a page has up to 10,000 lines
+READER_SECONDS = 10.0  # for one request, whatever is in it; 50 usual artifacts take 10 ms
+SEARCH_SECONDS = 60.0  # for one SEARCH_SLICE, with its waiting for other searches
+READER_BATCH = 200  # artifacts of one worker
+READER_IDLE = 60.0  # s without a request after which the child ends; a new one takes 15 ms
+READ_AHEAD = 32 * MIB  # packed bytes that a worker holds
+WORKER_MEMORY = (
+    512 * MIB
+)  # beyond what it has when it starts; a pickle of 1 MiB may come to 200 MiB
+WORKER_CPU = 2  # s for one value or pattern: equal hashes make sets and dicts quadratic
+LOG_CPU = 30  # s for a page of a log; 80 MB take half a second
+DOWNLOAD_CPU = 600  # s for a whole log
+LOG_SECONDS = 30.0  # for a page of a log
+LOG_PATIENCE = 3.0  # s that a log is waited for when its task has just ended
+LOG_HEADER = 512  # bytes at the start of a line in which its header must end; Metaflow writes 84
+LOG_LINE_BYTES = 1 * MIB  # of one line in a page; the rest is in the download
+LOG_PAGE_BYTES = 16 * MIB  # of all lines in a page; a page has up to 10,000 lines
 LOG_PAGE_ROWS = 100_000  # of one page, also for `_limit=0`, which means all
-LOG_INDEX_LINES = 4_000_000  # of one log; 16 bytes of memory each, about 500 MB of log
+LOG_INDEX_LINES = (
+    2_000_000  # of one log; 75 bytes of memory each while it is read, about 250 MB of log
+)
 LOG_INDEX_BYTES = 1024 * MIB  # of one log: an archive can bring a sparse file of any length
-LOG_CACHE_LINES = 4_000_000  # of all logs kept in memory: 64 MB, reached only by logs of 500 MB
-LOG_CACHE_ENTRIES = 32  # logs kept in memory
-CARD_BYTES = 64 * 1024 * 1024  # of one card's HTML or data; the HTML of an empty one is 1.1 MB
+CARD_BYTES = 64 * MIB  # of one card's data
 CARD_LIMIT = 1000  # cards of one task; the real service's page has as many
+MAX_CLONES = 10  # resumes of resumes that a card is looked for in
 
 # HTTP out.
 MAX_CHUNK_EXTENSIONS = (
@@ -244,9 +232,7 @@ PREFLIGHT_MAX_AGE = (
 )
 
 # The metadata API.
-PATTERN_TIMEOUT = (
-    2.0  # s for a pattern of filtered_tasks that might explode, in a process of its own
-)
+PATTERN_TIMEOUT = 10.0  # s for a client's pattern, with its waiting for others
 MAX_CARD_ROOTS = 16  # places outside the root where its flows have put their cards
 # The URL that `mflocal run` gives its flow leads to this and the id of its lease; a header to handlers.
 LEASE_PREFIX = "/_lease/"
@@ -271,7 +257,6 @@ RUN_AT_ONCE = (
 WS_MAX_RESOURCE = 8 * KIB  # characters of a subscription's resource, as a request line
 WS_MAX_UUID = 256  # characters of a subscription's uuid; it is repeated in every frame
 FAILED_FOR_LONG = 600_000  # ms after which a failed run is judged again only every JUDGE_FAILED s
-READER_THREADS = 2  # for artifacts, logs and cards: disk and unpacking, both short
 
 # The UI API.
 API_PREFIX = "/api"  # the UI's default place for its API on its own origin
@@ -3432,260 +3417,57 @@ def like_matcher(pattern: str, *, ignore_case: bool = True) -> Callable[[str], b
     return matches_like
 
 
-_RE_PACKAGE = sys.version_info >= (3, 11)
-_re_parser: Any = importlib.import_module("re._parser" if _RE_PACKAGE else "sre_parse")
-_re_compiler: Any = importlib.import_module("re._compiler" if _RE_PACKAGE else "sre_compile")
-_LEAVES = frozenset(("LITERAL", "NOT_LITERAL", "ANY", "IN"))
-_SPECIAL = frozenset("\\.^$*+?{}[]()|")
+class Pattern:
+    """A client's regular expression on a column. It may take for ever, so it is matched elsewhere, beforehand."""
+
+    def __init__(self, column: str, pattern: str) -> None:
+        self.column = column
+        self.pattern = pattern
+        self.known: Dict[str, bool] = {}
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value (of a list: one of them) is known to match from its beginning."""
+        return any([self.known.get(text, False) for text in _texts_of(value)])
 
 
-class _Unsupported(Exception):
-    """A regular expression that the automaton cannot run: look-around, back references, too many states."""
+def _texts_of(value: Any) -> List[str]:
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-class _PatternState(dict[str, "_PatternState"]):
-    """One state of the lazily built automaton: character -> next state."""
-
-    __slots__ = ("kernel", "before")
-    kernel: FrozenSet[int]
-    before: str
-
-
-class _Automaton:
-    """Runs a parsed regular expression in time proportional to the text, whatever the pattern.
-
-    Nodes of the nondeterministic machine: ("char", test, next), ("split", [next...]), ("at", where, next),
-    ("accept",). Which set of nodes follows which is worked out on first use and remembered per character.
+async def learn_patterns(
+    filters: Filters, rows: Iterable[Row], match: Callable[[str, List[str]], Awaitable[List[bool]]]
+) -> None:
+    """Finds out, by `match`, which texts in the rows fit the patterns among the filters; call it before
+    `matches`. Raises Problem 400 for a pattern that is invalid or takes too long.
     """
-
-    def __init__(self, tree: Any, search: bool) -> None:
-        self._nodes: List[Tuple[Any, ...]] = [("accept",)]
-        self._has_places = False
-        self._search = search
-        self._tests: Dict[
-            Tuple[str, str, int], Callable[[str], bool]
-        ] = {}  # x{399} is one test, not 399
-        self._begin = self._sequence(tree, int(tree.state.flags), 0)
-        self._yes, self._no = _PatternState(), _PatternState()
-        self._work = 0
-        self._forget()
-
-    def _forget(self) -> None:
-        self._states: Dict[Tuple[FrozenSet[int], str], _PatternState] = {}
-        self._kept = 0
-        self._start = self._state(frozenset((self._begin,)), "start")
-
-    def _node(self, *node: Any) -> int:
-        if len(self._nodes) >= MAX_PATTERN_NODES:
-            raise _Unsupported()
-        self._nodes.append(node)
-        return len(self._nodes) - 1
-
-    def _sequence(self, tree: Any, flags: int, after: int) -> int:
-        for op, value in reversed(list(tree)):
-            after = self._item(op.name, op, value, flags, after)
-        return after
-
-    def _item(self, name: str, op: Any, value: Any, flags: int, after: int) -> int:
-        if name in _LEAVES:
-            key = (name, repr(value), flags)
-            if key not in self._tests:
-                self._tests[key] = _char_test(op, value, flags)
-            return self._node("char", self._tests[key], after)
-        if name == "AT":
-            self._has_places = True
-            return self._node("at", _place_test(value.name, flags), after)
-        if name == "SUBPATTERN":
-            _, add, remove, tree = value
-            alphabets = re.ASCII | re.UNICODE  # (?a:...) and (?u:...) replace one another
-            kept = flags & ~alphabets if add & alphabets else flags
-            return self._sequence(tree, (kept | add) & ~remove, after)
-        if name == "BRANCH":
-            return self._node("split", [self._sequence(tree, flags, after) for tree in value[1]])
-        if name in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeat(value, flags, after)
-        raise _Unsupported()
-
-    def _repeat(self, value: Any, flags: int, after: int) -> int:
-        least, most, tree = value
-        if most == _re_parser.MAXREPEAT:
-            loop = self._node("split", [after])
-            self._nodes[loop][1].append(self._sequence(tree, flags, loop))
-            after = loop
-        else:
-            done = after
-            for _ in range(most - least):
-                after = self._node("split", [done, self._sequence(tree, flags, after)])
-        for _ in range(least):
-            body = self._sequence(tree, flags, after)
-            if body == after:
-                break  # an empty body: (?:){1000000000}
-            after = body
-        return after
-
-    def _state(self, kernel: FrozenSet[int], before: str) -> _PatternState:
-        found = self._states.get((kernel, before))
-        if found is None:
-            found = self._states[kernel, before] = _PatternState()
-            found.kernel, found.before = kernel, before
-        return found
-
-    def _step(self, state: _PatternState, char: str, last: bool) -> _PatternState:
-        """The state after `char` ("" = the text is over; last: it is the final newline)."""
-        if self._kept >= MAX_PATTERN_CACHE:
-            self._forget()
-        following: Set[int] = set()
-        todo, seen = list(state.kernel), set(state.kernel)
-        result: Optional[_PatternState] = None
-        while todo:
-            self._work += 1
-            node = self._nodes[todo.pop()]
-            kind = node[0]
-            if kind == "accept":
-                result = self._yes
-                break
-            if kind == "char":
-                if char and node[1](char):
-                    following.add(node[2])
-                continue
-            if kind == "at" and not node[1](state.before, char, last):
-                continue
-            for number in node[1] if kind == "split" else node[2:]:
-                if number not in seen:
-                    seen.add(number)
-                    todo.append(number)
-        if self._work > MAX_PATTERN_WORK:
-            raise _bad_filter("this pattern takes too long")
-        if result is None:
-            if self._search:
-                following.add(self._begin)
-            before = _kind_of(char) if self._has_places else " "
-            result = self._state(frozenset(following), before) if following and char else self._no
-        state[char + "$" if last else char] = result
-        self._kept += 1
-        return result
-
-    def __call__(self, text: str) -> bool:
-        self._work = 0
-        state, yes, no = self._start, self._yes, self._no
-        text = text[:MAX_PATTERN_TEXT]
-        newline = text.endswith("\n")
-        for char in text[:-1] if newline else text:
-            following = state.get(char)
-            if following is None:
-                following = self._step(state, char, False)
-            if following is yes:
-                return True
-            if following is no:
-                return False
-            state = following
-        for key in ("\n$", "") if newline else ("",):
-            following = state.get(key)
-            if following is None:
-                following = self._step(state, key[:1], bool(key))
-            if following is yes or following is no:
-                break
-            state = following
-        return following is yes
-
-
-def _kind_of(char: str) -> str:
-    """A stand-in for a character, the same for all that ^ $ and \\b cannot tell apart (fewer states)."""
-    if char == "_" or char.isalnum():
-        return "a" if char.isascii() else "\u00e9"
-    return "\n" if char == "\n" else " "
-
-
-def _char_test(op: Any, value: Any, flags: int) -> Callable[[str], bool]:
-    """Whether one character fits a leaf of the pattern, decided by `re` itself and remembered."""
-    state = (_re_parser.State if hasattr(_re_parser, "State") else _re_parser.Pattern)()
-    state.flags = flags
-    match = _re_compiler.compile(_re_parser.SubPattern(state, [(op, value)]), flags).match
-    known: Dict[str, bool] = {}
-
-    def test(char: str) -> bool:
-        found = known.get(char)
-        if found is None:
-            found = match(char) is not None
-            if len(known) < 256:
-                known[char] = found
-        return found
-
-    return test
-
-
-def _place_test(name: str, flags: int) -> Callable[[str, str, bool], bool]:
-    """A test for ^ $ \\A \\Z \\b \\B: (before or "start", character after or "", is it the last newline)."""
-    lines, ascii_only = bool(flags & re.MULTILINE), bool(flags & re.ASCII)
-
-    def word(char: str) -> bool:
-        return len(char) == 1 and (
-            char == "_" or (char.isalnum() and (char.isascii() or not ascii_only))
-        )
-
-    if name in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
-        lines = lines and name == "AT_BEGINNING"
-        return lambda before, after, last: before == "start" or (lines and before == "\n")
-    if name == "AT_END":
-        return lambda before, after, last: not after or last or (lines and after == "\n")
-    if name == "AT_END_STRING":
-        return lambda before, after, last: not after
-    if name not in ("AT_BOUNDARY", "AT_NON_BOUNDARY"):
-        raise _Unsupported()
-    return lambda before, after, last: (word(before) != word(after)) == (name == "AT_BOUNDARY")
-
-
-def _parse_pattern(pattern: str) -> Any:
-    if len(pattern) > MAX_PATTERN:
-        raise _bad_filter("a pattern may have at most %d characters" % MAX_PATTERN)
-    import warnings
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _re_parser.parse(pattern)
-    except (re.error, OverflowError, RecursionError, ValueError) as error:
-        raise _bad_filter("invalid pattern: %s" % (error or type(error).__name__)) from None
-
-
-def is_harmless_pattern(pattern: str) -> bool:
-    """Whether compile_pattern takes a client's regular expression: it then runs in time linear in the text.
-
-    Not harmless are look-around, back references, conditionals, atomic groups, and patterns that come to
-    more than MAX_PATTERN_NODES states. Raises Problem 400 for an invalid or too long one.
-    """
-    try:
-        _Automaton(_parse_pattern(pattern), True)
-    except (_Unsupported, RecursionError):
-        return False
-    return True
-
-
-def compile_pattern(pattern: str, *, search: bool = False) -> Callable[[str], bool]:
-    """A test text -> bool for a client's regular expression (Python syntax) that can never hang.
-
-    search: anywhere in the text (PostgreSQL's ~, for filtered_tasks); else from its beginning (`re.match`,
-    for the operator `re`). Texts are looked at up to MAX_PATTERN_TEXT characters. Raises Problem 400 for a
-    pattern that is invalid, too long or not harmless; the test itself for one that takes too long.
-    """
-    tree = _parse_pattern(pattern)
-    if not _SPECIAL.intersection(pattern):
-        return (lambda text: pattern in text) if search else (lambda text: text.startswith(pattern))
-    try:
-        return _Automaton(tree, search)
-    except (_Unsupported, RecursionError):
-        raise _bad_filter("this pattern is too complicated to be run here") from None
+    for pattern in filters.patterns:
+        found = {text for row in rows for text in _texts_of(row.get(pattern.column))}
+        texts = sorted(found.difference(pattern.known))
+        if len(pattern.known) > MAX_PATTERN_KNOWN:
+            pattern.known.clear()
+        pattern.known.update(zip(texts, await match(pattern.pattern, texts)))
 
 
 # Filters.
 
 
 class Filters(list["Predicate"]):
-    """Predicates on rows, all of which must hold; `columns` are the ones they look at."""
+    """Predicates on rows, all of which must hold; `columns` are the ones they look at.
 
-    def __init__(self, predicates: Iterable[Predicate] = (), columns: Iterable[str] = ()) -> None:
+    With `patterns`, `learn_patterns` has to see the rows first.
+    """
+
+    def __init__(
+        self,
+        predicates: Iterable[Predicate] = (),
+        columns: Iterable[str] = (),
+        patterns: Iterable[Pattern] = (),
+    ) -> None:
         super().__init__(predicates)
         self.columns = frozenset(columns)
+        self.patterns = list(patterns)
 
 
 def parse_filters(
@@ -3705,7 +3487,7 @@ def parse_filters(
     """
     found: List[Predicate] = []
     used: Set[str] = set()
-    patterns = 0
+    patterns: List[Pattern] = []
     for key, value in args:
         field, _, op = key.partition(":")
         if field.startswith("_"):
@@ -3721,13 +3503,16 @@ def parse_filters(
             if strict:
                 raise _bad_filter("unsupported operator '%s' for field '%s'" % (op, field))
             continue
-        if op == "re":
-            patterns += value.count(",") + 1
-            if patterns > MAX_PATTERNS:
+        if op == "re" and kind != "bool":
+            own = [Pattern(field, one) for one in _split_values(field, value) if one != "null"]
+            patterns += own
+            if len(patterns) > MAX_PATTERNS:
                 raise _bad_filter("a request may have at most %d patterns" % MAX_PATTERNS)
-        found.append(_predicate(field, op, value, kind, strict))
+            found.append(_pattern_predicate(field, own, "null" in value.split(",")))
+        else:
+            found.append(_predicate(field, op, value, kind, strict))
         used.add(field)
-    return Filters(found, used)
+    return Filters(found, used, patterns)
 
 
 def matches(row: Row, filters: Sequence[Predicate]) -> bool:
@@ -3744,6 +3529,17 @@ def _split_values(field: str, text: str) -> List[str]:
     if max(map(len, values)) > MAX_LIKE:
         raise _bad_filter("a filter value may have at most %d characters" % MAX_LIKE)
     return values
+
+
+def _pattern_predicate(field: str, patterns: List[Pattern], with_null: bool) -> Predicate:
+    if any(len(pattern.pattern) > MAX_PATTERN for pattern in patterns):
+        raise _bad_filter("a pattern may have at most %d characters" % MAX_PATTERN)
+
+    def fits(row: Row) -> bool:
+        value = row.get(field)
+        return with_null if value is None else any([one.fits(value) for one in patterns])
+
+    return fits
 
 
 def _predicate(field: str, op: str, text: str, kind: str, strict: bool) -> Predicate:
@@ -3789,7 +3585,7 @@ def _value_test(field: str, op: str, value: str, kind: str, strict: bool) -> Cal
         if field in _EPOCHS:
             _filter_int(field, value, strict)
         raise _bad_filter("unsupported operator '%s' for field '%s', a number" % (op, field))
-    test = compile_pattern(value) if op == "re" else like_matcher(_LIKE[op].format(value))
+    test = like_matcher(_LIKE[op].format(value))
     return lambda found: test(str(found))
 
 
@@ -4151,7 +3947,17 @@ def _decode_cursor(cursor: str, key_fields: Sequence[str]) -> Dict[str, Any]:
     return values
 
 
-# ---- 7. Datastore readers: artifacts, parameters, graph, logs, cards, search ----
+# ---- 7. Reader: artifacts, parameters, graph, logs, cards, search, client-sent patterns ----
+#
+# What user code has written is never decoded inside the server:
+# 1. The daemon forks one child when something is first asked for. The child closes all it inherits but the
+#    socket to the daemon, decodes nothing, and ends at the end of file on that socket, whatever ended the
+#    daemon. A fork needs no file of this module: the .pyz cache, or Python itself, may be gone by now.
+# 2. Each request gets a socket pair. The daemon keeps one end and hands the other to the child, which forks
+#    a worker for it. The worker opens the files, gives up the right to open more, decodes, and answers item
+#    by item: a JSON head and raw bytes, never a pickle.
+# 3. A worker ends with its limits of CPU time and memory, with the request's deadline, or as soon as the
+#    daemon closes its end: a client that leaves cancels what it has asked for.
 
 NOT_LOCAL_ID = "datastore-not-local"
 TOO_LARGE_ID = "artifact-too-large"
@@ -4182,7 +3988,7 @@ def _is_below(path: str, root: str) -> bool:
 
 
 def _open_below(root: str, parts: Sequence[str]) -> Optional[IO[bytes]]:
-    """Opens a regular file below `root` for reading; None when there is none or when it is not really there.
+    """Opens a regular file below `root`; None when there is none or when it is not really there.
 
     The leaf may not be a symlink; directories may, as long as what was opened lies below the root. That is
     asked after the open and compared by inode, so that nothing can be exchanged in between.
@@ -4190,48 +3996,23 @@ def _open_below(root: str, parts: Sequence[str]) -> Optional[IO[bytes]]:
     if not all(_is_part(part) for part in parts):
         return None
     path = os.path.join(root, *parts)
-    flags = (
-        os.O_RDONLY
-        | getattr(os, "O_NOFOLLOW", 0)
-        | getattr(os, "O_NONBLOCK", 0)
-        | getattr(os, "O_BINARY", 0)
-    )
     try:
-        descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         return None
     try:
         opened = os.fstat(descriptor)
         real = os.path.realpath(path)
-        there = os.lstat(real)
         if (
             stat.S_ISREG(opened.st_mode)
             and _is_below(real, os.path.realpath(root))
-            and (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)
+            and os.path.samestat(os.lstat(real), opened)
         ):
             return os.fdopen(descriptor, "rb")
     except OSError:
         pass
     os.close(descriptor)
     return None
-
-
-def _read_below(root: str, parts: Sequence[str], limit: int) -> Optional[bytes]:
-    """The bytes of a file below `root`; None when there is none. Raises _OverLimit."""
-    file = _open_below(root, parts)
-    if file is None:
-        return None
-    with file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise _OverLimit(size)
-        try:
-            data = file.read(limit + 1)
-        except OSError:
-            return None
-    if len(data) > limit:
-        raise _OverLimit()
-    return data
 
 
 def _list_below(root: str, parts: Sequence[str]) -> List[str]:
@@ -4248,9 +4029,7 @@ def _list_below(root: str, parts: Sequence[str]) -> List[str]:
 
 
 def is_here(metaflow_dir: str, ds_type: Any, ds_root: Any) -> bool:
-    """Whether a datastore (metadata `ds-type`, `ds-root`) is the one of `metaflow_dir`; None stands for
-    unknown: yes.
-    """
+    """Whether a datastore (metadata `ds-type`, `ds-root`) is that of `metaflow_dir`; None, for unknown: yes."""
     if ds_type not in (None, "", "local"):
         return False
     if not isinstance(ds_root, str) or not ds_root:
@@ -4258,10 +4037,8 @@ def is_here(metaflow_dir: str, ds_type: Any, ds_root: Any) -> bool:
     if "://" in ds_root or "\0" in ds_root:
         return False
     try:
-        return ds_root == metaflow_dir or os.path.realpath(ds_root) == os.path.realpath(
-            metaflow_dir
-        )
-    except ValueError:  # a lone surrogate or a NUL: no path at all
+        return os.path.realpath(ds_root) == os.path.realpath(metaflow_dir)
+    except ValueError:  # a lone surrogate: no path at all
         return False
 
 
@@ -4269,98 +4046,91 @@ def not_local_text(ds_type: Any, ds_root: Any) -> str:
     """What people are told about data that are somewhere else."""
     place = " (%s)" % ds_root if isinstance(ds_root, str) and ds_root else ""
     if ds_type in (None, "", "local"):
-        return (
-            "The data is not local: it is in another local datastore%s, which this service does not open."
-            % place
-        )
-    return (
-        "The data is not local: it is in the %s datastore%s. Use Metaflow's client to read it."
-        % (
-            ds_type,
-            place,
-        )
-    )
+        return f"The data is not local: it is in another local datastore{place}, which this service does not open."
+    return f"The data is not local: it is in the {ds_type} datastore{place}. Use Metaflow's client to read it."
 
 
-def not_local_problem(ds_type: Any, ds_root: Any) -> Problem:
-    """The answer for a page whose data are somewhere else.
-
-    501, because the UI shows an error's text for every status but 403 and 404 (ui: useResource).
-    """
-    return Problem(501, not_local_text(ds_type, ds_root), id=NOT_LOCAL_ID)
+# Values: a pickle is a program that calls what it names. Here a name stands for one of the plain types below,
+# for a maker of plain values, or for a `Foreign` class, which keeps what it is given and does nothing.
 
 
-# Pickles: plain values only. A pickle is a program; this runs it on a machine that has no functions. Names
-# are never imported and never called: a short list of (module, name) has a constructor of ours for plain
-# data, every other name makes a `PickledObject`, which remembers what it would have been and does nothing.
+class _ForeignType(type):
+    """The type of stand-ins; its text is that of the class, function or object that was named."""
+
+    path = "object"
+
+    def __repr__(cls) -> str:
+        import builtins
+
+        real = getattr(builtins, cls.path, None)
+        return "<%s>" % cls.path if real is None else repr(real)
 
 
-class UnreadablePickle(Exception):
-    """The bytes are no pickle, or one that is out to hurt; the text says which."""
+class Foreign(metaclass=_ForeignType):
+    """An object of a class that is not known here: the arguments, state and items that its pickle gave it."""
+
+    def __new__(cls, *args: Any, **named: Any) -> Foreign:
+        made = object.__new__(cls)
+        made.args, made.named, made.state, made.items = args, named, {}, []
+        return made
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        self.args: Tuple[Any, ...]
+        self.named: Dict[str, Any]
+        self.state: Any
+        self.items: List[Any]
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def append(self, item: Any) -> None:
+        """An item of a subclass of list; `add` is that of a set."""
+        self.items.append(item)
+
+    add = append
+
+    def __repr__(self) -> str:
+        known = _FOREIGN_TEXTS.get(type(self).path)
+        return (known and known(self)) or self.fields_text()
+
+    def fields_text(self) -> str:
+        """Name(argument, field=value), or <module.Name> when nothing is known of it."""
+        fields = dict(self.named)
+        for state in self.state if isinstance(self.state, tuple) else (self.state,):
+            if isinstance(state, dict):  # fields in a dict, fields in slots
+                fields.update(state)
+        shown = [] if fields else [repr(arg) for arg in self.args]
+        shown += [repr(self.items)] if self.items else []
+        shown += [f"{k}={v!r}" for k, v in fields.items() if isinstance(k, str) and k[:1] != "_"]
+        name = type(self).__name__
+        return "%s(%s)" % (name, ", ".join(shown)) if shown else "<%s>" % type(self).path
 
 
-class PickledName:
-    """A class or function that a pickle names."""
-
-    __slots__ = ("module", "name")
-
-    def __init__(self, module: str, name: str) -> None:
-        self.module = _OLD_MODULES.get(module, module)
-        self.name = _OLD_NAMES.get(name, name) if self.module == "builtins" else name
-
-    @property
-    def path(self) -> str:
-        """module.name, or the name alone for builtins."""
-        return self.name if self.module == "builtins" else "%s.%s" % (self.module, self.name)
+def _foreign_type(module: str, name: str) -> type:
+    path = name if module == "builtins" else "%s.%s" % (module, name)
+    return _ForeignType(name.rpartition(".")[2] or name, (Foreign,), {"path": path})
 
 
-class PickledObject:
-    """What a pickle would have made by calling `of(*args)`, and the state it would have given it."""
-
-    __slots__ = ("of", "args", "state")
-
-    def __init__(self, of: PickledName, args: Tuple[Any, ...] = ()) -> None:
-        self.of = of
-        self.args = args
-        self.state: Any = None
-
-
-class PlainValue:
-    """A value without parts, as str() and as repr() show it: a Decimal, a path."""
+class Shown:
+    """A value without parts, as str() and as repr() show it: a path, a fraction, a time stamp."""
 
     __slots__ = ("text", "code")
 
     def __init__(self, text: str, code: str) -> None:
-        self.text = text
-        self.code = code
+        self.text, self.code = text, code
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return self.code
 
 
-class _Ordered(dict["Any", "Any"]):
-    """An OrderedDict."""
-
-
-class _Counted(dict["Any", "Any"]):
-    """A Counter."""
-
-
-class _Defaulted(dict["Any", "Any"]):
-    """A defaultdict."""
-
-    factory: Any = None
-
-
-class _Config(dict["Any", "Any"]):
-    """Metaflow's ConfigValue."""
-
-
-class _Queue(list["Any"]):
-    """A deque. (A real one recurses in C when a deep nest of them is freed.)"""
-
-    maxlen: Optional[int] = None
-
-
-class _Frame(NamedTuple):
-    """Metaflow's ForeachFrame (tuple_util.foreach_frame_field_list; 2.12.0 has the same five fields)."""
+class ForeachFrame(NamedTuple):
+    """Metaflow's own (tuple_util.foreach_frame_field_list; 2.12.0 has the same five fields)."""
 
     step: Any = None
     var: Any = None
@@ -4368,794 +4138,424 @@ class _Frame(NamedTuple):
     index: Any = None
     value: Any = None
 
-
-# What protocols 0 to 2 and Python 3.13 call things.
-_OLD_MODULES = {"__builtin__": "builtins", "exceptions": "builtins", "copy_reg": "copyreg"}
-_OLD_MODULES["pathlib._local"] = "pathlib"
-_OLD_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
-# Functions of numpy, pandas and copyreg that make an object of the class they get first.
-_RECONSTRUCTORS = frozenset(
-    ("_reconstructor", "_reconstruct", "__newobj__", "__newobj_ex__", "_new_Index")
-)
-_KINDS_OF_TIME = ("datetime", "date", "time", "timedelta", "timezone")
-_PLAIN_KINDS = frozenset(
-    [str, int, float, bool, type(None), bytes, complex, range, PickledName, PickledObject]
-    + [PlainValue]
-    + [getattr(datetime, name) for name in _KINDS_OF_TIME]
-)
+    def __setstate__(self, state: Any) -> None:
+        """A frame has no state."""
 
 
-def _make_timezone(offset: Any, *name: Any) -> Any:
-    return datetime.timezone(offset, *name)
+class _Config(Dict[str, Any]):
+    """Metaflow's ConfigValue: a dict, in some versions with its items in the state."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict) and isinstance(state.get("_data"), dict):
+            self.update(state["_data"])
 
 
-def _args_are(*kinds: type) -> Callable[[Sequence[Any]], bool]:
-    def fits(args: Sequence[Any]) -> bool:
-        return len(args) == len(kinds) and all(type(arg) is kind for arg, kind in zip(args, kinds))
-
-    return fits
-
-
-def _make_moment(kind: str, size: int) -> Callable[..., Any]:
-    """A date, time or datetime from the packed bytes that its pickle holds, with a fixed offset at most."""
-
-    def make(packed: Any, *zone: Any) -> Any:
-        if type(packed) is not bytes or len(packed) != size or len(zone) > 1:
-            raise TypeError
-        if zone and type(zone[0]) is not datetime.timezone:
-            raise TypeError
-        return getattr(datetime, kind)(packed, *zone)
-
-    return make
+def _uuid_text(value: Foreign) -> str:
+    number = value.state.get("int") if isinstance(value.state, dict) else None
+    if type(number) is not int or not 0 <= number < 1 << 128:
+        return ""
+    digits = "%032x" % number
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def _make_span(days: Any, seconds: Any, microseconds: Any) -> Any:
-    if not _args_are(int, int, int)((days, seconds, microseconds)):
-        raise TypeError
-    return datetime.timedelta(days, seconds, microseconds)
+def _trace_text(value: Foreign) -> str:
+    """MetaflowExceptionWrapper: str() is its stack trace (metaflow/exception.py)."""
+    state = value.state if isinstance(value.state, dict) else {}
+    trace = state.get("stacktrace")
+    if isinstance(trace, str) and trace:
+        return trace
+    return "[no stacktrace]\n%s: %s" % (state.get("type"), state.get("exception"))
 
 
-def _make_range(start: Any, stop: Any, step: Any) -> Any:
-    if not _args_are(int, int, int)((start, stop, step)):
-        raise TypeError
-    return range(start, stop, step)
+def _client_text(value: Foreign) -> str:
+    """Run('Flow/1') and its like (metaflow/client/core.py)."""
+    state = value.state if isinstance(value.state, dict) else {}
+    data = state.get("data")
+    path = data[0] if isinstance(data, (list, tuple)) and data else state.get("_pathspec")
+    return "%s(%r)" % (type(value).__name__, path) if isinstance(path, str) else ""
 
 
-def _make_bytes(text: Any = "", coding: Any = "latin1") -> Any:
-    """`_codecs.encode(text, "latin1")` and `bytes()`: how protocol 2 spells bytes."""
-    if type(text) is not str or coding not in ("latin1", "latin-1"):
-        raise TypeError
-    return text.encode("latin-1")
+# numpy and pandas, from their pickles alone.
+
+# Kind and size of a numpy type, as `struct` has it.
+_NUMPY_CODES = {
+    "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
+    "f2": "e", "f4": "f", "f8": "d", "c8": "ff", "c16": "dd", "M8": "q", "m8": "q",
+}  # fmt: skip
+_TIME_UNITS = {"D": 86_400 * 10**9, "h": 3600 * 10**9, "m": 60 * 10**9, "s": 10**9}
+_TIME_UNITS.update(ms=10**6, us=1000, ns=1)
+_PANDAS_UNITS = {7: "s", 8: "ms", 9: "us", 10: "ns"}  # pandas/_libs/tslibs: NPY_DATETIMEUNIT
 
 
-def _make_bytearray(data: Any = b"", *coding: Any) -> Any:
-    if type(data) is str:
-        data = _make_bytes(data, *coding)
-    if type(data) is not bytes:
-        raise TypeError
-    return bytearray(data)
+class _Dtype:
+    """numpy.dtype: `code` as in "f8", byte order and unit of time from its state."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code, self.order, self.unit = str(code), "<", "ns"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+        if self.code in ("M8", "m8"):
+            self.unit = state[-1][1][0].decode() if type(state[-1]) is tuple else "ns"
+
+    def decode(self, data: Any, count: int) -> List[Any]:
+        """`count` values as Python has them. Raises ValueError for types that are not known here."""
+        kind, size = self.code[:1], int(self.code[1:] or 0)
+        if kind == "O":
+            return list(data)
+        if kind in "US" and count and size:
+            width = size * (4 if kind == "U" else 1)
+            coding = ("utf-32-le" if self.order == "<" else "utf-32-be") if kind == "U" else ""
+            parts = [bytes(data[i * width : (i + 1) * width]) for i in range(count)]
+            if coding:
+                return [part.decode(coding).rstrip("\0") for part in parts]
+            return [part.rstrip(b"\0") for part in parts]
+        code = _NUMPY_CODES.get(self.code)
+        if code is None:
+            raise ValueError("a numpy type that is not known here: %s" % self.code)
+        values = list(struct.unpack(self.order + code * count, bytes(data)))
+        if kind == "c":
+            return [complex(a, b) for a, b in zip(values[::2], values[1::2])]
+        if self.code in ("f2", "f4"):
+            return [_short_float(value, code) for value in values]
+        if kind in "Mm":
+            return [_moment_text(kind, value, _TIME_UNITS.get(self.unit, 1)) for value in values]
+        return values
 
 
-def _make_complex(real: Any, imaginary: Any) -> Any:
-    if not _args_are(float, float)((real, imaginary)):
-        raise TypeError
-    return complex(real, imaginary)
+def _short_float(value: float, code: str) -> float:
+    """The shortest decimal number that is this float of two or four bytes: 0.1, not 0.10000000149."""
+    for digits in range(3, 10):
+        short = float("%.*g" % (digits, value))
+        try:
+            if struct.pack(code, short) == struct.pack(code, value):
+                return short
+        except OverflowError:  # rounded up beyond the largest one
+            pass
+    return value
 
 
-def _make_decimal(text: Any) -> Any:
-    if type(text) is not str:
-        raise TypeError
-    return PlainValue(text, "Decimal(%r)" % text)
+def _moment_text(kind: str, value: Any, unit: int, zone: Any = None) -> Shown:
+    """A Timestamp ("M") or Timedelta of `value` units of `unit` ns, as pandas writes them."""
+    if value == -(2**63):
+        return Shown("NaT", "NaT")
+    seconds, nanos = divmod(value * unit, 10**9)
+    fraction = (".%09d" % nanos if nanos % 1000 else ".%06d" % (nanos // 1000)) if nanos else ""
+    if kind == "M":
+        moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
+        offset = ""
+        if isinstance(zone, datetime.tzinfo):
+            moment = moment.replace(tzinfo=datetime.timezone.utc).astimezone(zone)
+            offset = str(moment)[19:]
+        text = str(moment)[:19] + fraction + offset
+        return Shown(text, "Timestamp('%s')" % text)
+    days, rest = divmod(seconds, 86_400)
+    clock = "%02d:%02d:%02d" % (rest // 3600, rest % 3600 // 60, rest % 60)
+    text = "%d days %s%s" % (days, clock, fraction)
+    return Shown(text, "Timedelta('%s')" % text)
 
 
-def _make_path(name: str) -> Callable[..., Any]:
-    def make(*parts: Any) -> Any:
-        if not all(type(part) is str for part in parts):
-            raise TypeError
+class NumpyArray:
+    """numpy.ndarray: `rows` are nested lists; a large one is only named."""
+
+    def __init__(self, *_: Any) -> None:
+        self.shape: Tuple[int, ...] = (0,)
+        self.rows: List[Any] = []
+        self.code = ""
+
+    def __setstate__(self, state: Any) -> None:
+        self.fill(*state[-4:])
+
+    def fill(self, shape: Any, dtype: Any, by_column: Any, data: Any) -> NumpyArray:
+        """Takes over the packed values; `by_column`: as Fortran lays them out."""
+        count = math.prod(shape)
+        if not isinstance(dtype, _Dtype) or not 0 <= count <= ARRAY_VALUES:
+            self.shape, self.code = shape, getattr(dtype, "code", "?")
+            return self
+        self.shape, self.code = shape, dtype.code
+        values = dtype.decode(data, count)
+        if by_column and len(shape) > 1:
+            flat, values = values, []
+            for place in itertools.product(*(range(size) for size in shape)):
+                at = 0
+                for index, size in zip(reversed(place), reversed(shape)):
+                    at = at * size + index
+                values.append(flat[at])
+        for size in reversed(shape[1:]):
+            values = [values[i : i + size] for i in range(0, len(values), size)] if size else []
+        self.rows = values
+        return self
+
+    def __repr__(self) -> str:
+        if math.prod(self.shape) > ARRAY_VALUES:
+            return "<numpy.ndarray of %s, shape %s>" % (self.code, self.shape)
+        return "array(%r)" % (self.rows if self.shape else self.rows[0],)
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> NumpyArray:
+    return NumpyArray().fill(shape, dtype, order == "F", data)
+
+
+def _pandas_list(value: Any) -> List[Any]:
+    """The labels of an index, or the values of a column."""
+    if isinstance(value, NumpyArray):
+        return value.rows
+    if isinstance(value, Foreign):
+        for part in (*value.args, *(value.state if isinstance(value.state, tuple) else ())):
+            if isinstance(part, NumpyArray):
+                return part.rows
+            if isinstance(part, dict) and type(part.get("stop")) is int:
+                return list(range(part["start"], part["stop"], part["step"]))[: ARRAY_VALUES + 1]
+            if isinstance(part, dict) and "data" in part:
+                return _pandas_list(part["data"])
+    raise ValueError("a pandas part that is not known here")
+
+
+def _frame_text(value: Foreign) -> str:
+    """A small Series or DataFrame as a table, "" when its parts are not known."""
+    try:
+        manager = value.state["_mgr"]
+        if isinstance(manager.state, tuple):
+            parts = manager.state[-1]["0.14.1"]
+            axes = parts["axes"]
+            blocks = [(block["values"], block["mgr_locs"]) for block in parts["blocks"]]
+        else:
+            axes, blocks = manager.args[1], [block.args[:2] for block in manager.args[0]]
+        index = _pandas_list(axes[-1])
+        columns: Dict[int, List[Any]] = {}
+        for values, where in blocks:
+            rows = _pandas_list(values)
+            places = (
+                range(where.start, where.stop, where.step)
+                if isinstance(where, slice)
+                else where.rows
+            )
+            if len(axes) == 1 or not (rows and isinstance(rows[0], list)):
+                rows = [rows]
+            columns.update(zip(places, rows))
+        names = _pandas_list(axes[0]) if len(axes) > 1 else [""]
+        table = [
+            [columns[i][row] for i in range(len(names))]
+            for row in range(min(len(index), FRAME_ROWS))
+        ]
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        return ""
+    cells = [["", *map(str, names)]] if len(axes) > 1 else []
+    cells += [[str(label), *map(str, row)] for label, row in zip(index, table)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths)).rstrip() for row in cells]
+    if len(index) > len(table):
+        lines += ["...", "[%d rows]" % len(index)]
+    name = value.state.get("_name", value.state.get("name"))  # before pandas 2: name
+    if len(axes) == 1 and name is not None:
+        lines.append("Name: %s" % name)
+    return "\n".join(lines)
+
+
+_FOREIGN_TEXTS: Dict[str, Callable[[Foreign], str]] = {
+    "uuid.UUID": lambda value: _uuid_text(value) and "UUID('%s')" % _uuid_text(value),
+    "metaflow.exception.MetaflowExceptionWrapper": _trace_text,
+    "pandas.Series": _frame_text,
+    "pandas.DataFrame": _frame_text,
+    "pandas.core.series.Series": _frame_text,
+    "pandas.core.frame.DataFrame": _frame_text,
+    **{f"metaflow.client.core.{name}": _client_text for name in ("Flow", "Run", "Step", "Task")},
+    "metaflow.client.core.DataArtifact": _client_text,
+}
+
+
+# What the names in a pickle stand for. Functions, not Python classes: a pickle can change a class that it gets.
+
+
+def _make_path(name: str) -> Callable[..., Shown]:
+    def make(*parts: str) -> Shown:
         joined = os.path.join(*parts) if parts else "."
         if "Windows" in name:
             joined = parts[0] + "\\".join(parts[1:]) if parts else "."
-        return PlainValue(joined, "%s(%r)" % (name, joined.replace("\\", "/")))
+        return Shown(joined, "%s(%r)" % (name, joined.replace("\\", "/")))
 
     return make
 
 
-def _make_queue(items: Any = (), maxlen: Any = None) -> Any:
-    if type(items) not in (tuple, list) or not (maxlen is None or type(maxlen) is int):
-        raise TypeError
-    queue = _Queue(items)
-    queue.maxlen = maxlen
-    return queue
+def _make_fraction(*parts: Any) -> Shown:
+    text = parts[0] if len(parts) == 1 else "%d/%d" % parts
+    over, _, under = str(text).partition("/")
+    return Shown(str(text), "Fraction(%s, %s)" % (over, under or 1))
 
 
-def _make_defaulted(*factory: Any) -> Any:
-    if len(factory) > 1:
-        raise TypeError
-    made = _Defaulted()
-    made.factory = factory[0] if factory else None
-    return made
+def _make_moment(kind: Any) -> Callable[..., Any]:
+    """A datetime or time; without its zone when that is of a kind which is not known here."""
 
-
-def _make_mapping(kind: Callable[..., Any]) -> Callable[..., Any]:
-    def make(*args: Any) -> Any:
-        if not args or args == ([],):
-            return kind()
-        if len(args) != 1 or not isinstance(args[0], dict):
-            raise TypeError
-        return kind(args[0])
+    def make(packed: Any, *zone: Any) -> Any:
+        known = [one for one in zone if one is None or isinstance(one, datetime.tzinfo)]
+        return kind(packed, *known)
 
     return make
 
 
-def _make_frame(*fields: Any) -> Any:
-    return _Frame(*fields)
+def _make_timestamp(value: int, freq: Any = None, zone: Any = None, unit: int = 10) -> Shown:
+    return _moment_text("M", value, _TIME_UNITS[_PANDAS_UNITS[unit]], zone)
 
 
-_MAKERS: Dict[Tuple[str, str], Callable[..., Any]] = {
-    ("datetime", "datetime"): _make_moment("datetime", 10),
-    ("datetime", "date"): _make_moment("date", 4),
-    ("datetime", "time"): _make_moment("time", 6),
-    ("datetime", "timedelta"): _make_span,
-    ("datetime", "timezone"): _make_timezone,
-    ("builtins", "complex"): _make_complex,
-    ("builtins", "range"): _make_range,
-    ("builtins", "bytes"): _make_bytes,
-    ("builtins", "bytearray"): _make_bytearray,
-    ("_codecs", "encode"): _make_bytes,
-    ("decimal", "Decimal"): _make_decimal,
-    ("collections", "OrderedDict"): _make_mapping(_Ordered),
-    ("collections", "Counter"): _make_mapping(_Counted),
-    ("collections", "defaultdict"): _make_defaulted,
-    ("collections", "deque"): _make_queue,
-    ("metaflow.user_configs.config_parameters", "ConfigValue"): _make_mapping(_Config),
-    ("__main__", "ForeachFrame"): _make_frame,
-    ("metaflow.tuple_util", "ForeachFrame"): _make_frame,
-}
-for _path_name in ("PurePosixPath", "PosixPath", "PureWindowsPath", "WindowsPath"):
-    _MAKERS[("pathlib", _path_name)] = _make_path(_path_name)
-_METAFLOW_OBJECTS = {"Flow", "Run", "Step", "Task", "DataArtifact"}
-# Builtin exceptions whose str() is that of their arguments.
-_FLAT_ERRORS = {
-    "ArithmeticError", "AssertionError", "AttributeError", "BufferError", "DeprecationWarning", "EOFError",
-    "Exception", "FloatingPointError", "FutureWarning", "IndexError", "KeyboardInterrupt", "KeyError",
-    "LookupError", "MemoryError", "NameError", "NotImplementedError", "OverflowError", "RecursionError",
-    "ReferenceError", "RuntimeError", "RuntimeWarning", "TypeError", "StopAsyncIteration", "StopIteration",
-    "UserWarning", "ValueError", "Warning", "ZeroDivisionError",
-}  # fmt: skip
+def _make_timedelta(value: int, unit: int = 10) -> Shown:
+    return _moment_text("m", value, _TIME_UNITS[_PANDAS_UNITS[unit]])
 
 
-class _PickleMachine:
-    """Runs one pickle, protocols 0 to 5, and gives its value. Raises UnreadablePickle.
+def _make_scalar(dtype: Any, data: Any = b"") -> Any:
+    return dtype.decode([data] if dtype.code[:1] == "O" else data, 1)[0]
 
-    Each opcode takes at least one byte and makes at most one small thing, so that the size of the bytes
-    bounds time and memory; the memo is a dict, so that a huge index costs nothing; nothing here recurses.
-    Raises _OverLimit as well, for more than PICKLE_STEPS or PICKLE_OBJECTS.
+
+def _make_counter(*args: Any) -> Any:
+    return collections.Counter(*args)
+
+
+def _make_array(*args: Any) -> Any:
+    return NumpyArray()
+
+
+def _make_dtype(*args: Any) -> Any:
+    return _Dtype(*args)
+
+
+def _encode_latin(text: str, coding: Any = "latin1") -> bytes:
+    """`_codecs.encode(text, "latin1")`: how protocol 2 spells bytes."""
+    return text.encode("latin-1")
+
+
+def _new_object(kind: Any, *args: Any) -> Any:
+    """copyreg's functions, for foreign classes."""
+    if not (isinstance(kind, type) and issubclass(kind, (Foreign, ForeachFrame))):
+        raise ValueError("a class that cannot be made this way")
+    return kind(*args)
+
+
+def _reconstructed(kind: Any, base: Any, state: Any = None) -> Any:
+    return _new_object(kind, *(state if isinstance(state, tuple) else ()))
+
+
+def _new_with_names(kind: Any, args: Any, named: Any) -> Any:
+    return _new_object(kind, *args)
+
+
+@lru_cache(maxsize=1)
+def _pickle_names() -> Dict[str, Any]:
+    import builtins
+    import decimal
+
+    names: Dict[str, Any] = {
+        "_codecs.encode": _encode_latin,
+        "builtins.Ellipsis": ...,
+        "builtins.NotImplemented": NotImplemented,
+        "copyreg._reconstructor": _reconstructed,
+        "copyreg.__newobj__": _new_object,
+        "copyreg.__newobj_ex__": _new_with_names,
+        "collections.Counter": _make_counter,
+        "datetime.datetime": _make_moment(datetime.datetime),
+        "datetime.time": _make_moment(datetime.time),
+        "decimal.Decimal": decimal.Decimal,
+        "fractions.Fraction": _make_fraction,
+        "metaflow.user_configs.config_parameters.ConfigValue": _Config,
+        "metaflow.tuple_util.ForeachFrame": ForeachFrame,
+        "__main__.ForeachFrame": ForeachFrame,
+        "numpy.dtype": _make_dtype,
+        "numpy._core.multiarray.scalar": _make_scalar,
+        "numpy._core.multiarray._reconstruct": _make_array,
+        "numpy._core.numeric._frombuffer": _from_buffer,
+        "pandas.NA": Shown("<NA>", "<NA>"),
+        "pandas._libs.tslibs.timestamps._unpickle_timestamp": _make_timestamp,
+        "pandas._libs.tslibs.timestamps.Timestamp": _make_timestamp,
+        "pandas._libs.tslibs.timedeltas._timedelta_unpickle": _make_timedelta,
+        "pandas._libs.tslibs.nattype._nat_unpickle": lambda *_: Shown("NaT", "NaT"),
+        "pandas._libs.tslibs.nattype.__nat_unpickle": lambda *_: Shown("NaT", "NaT"),
+        "pytz._UTC": lambda: datetime.timezone.utc,
+    }
+    for name in ("set", "frozenset", "bytes", "bytearray", "complex", "range", "slice"):
+        names["builtins." + name] = getattr(builtins, name)
+    for name in ("OrderedDict", "defaultdict", "deque"):
+        names["collections." + name] = getattr(collections, name)
+    for name in ("date", "timedelta", "timezone"):
+        names["datetime." + name] = getattr(datetime, name)
+    for name in ("PurePosixPath", "PosixPath", "PureWindowsPath", "WindowsPath"):
+        names["pathlib." + name] = _make_path(name)
+    for name, value in vars(builtins).items():
+        if isinstance(value, type) and issubclass(value, BaseException):
+            names["builtins." + name] = value
+    return names
+
+
+_OLD_MODULES = {"__builtin__": "builtins", "exceptions": "builtins", "copy_reg": "copyreg"}
+_OLD_MODULES["pathlib._local"] = "pathlib"
+_OLD_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
+
+
+class NeedsZones(Exception):
+    """The value has times of these zones, whose rules are files."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__("time zones")
+        self.names = [name[:100] for name in sorted(names)[:50]]
+
+
+def load_pickle(data: bytes, zones: Mapping[str, Any]) -> Any:
+    """The value of a pickle. Imports nothing and calls nothing that the pickle names; raises whatever it raises.
+
+    `zones`: time zones by name; raises NeedsZones when there are more.
     """
+    import pickle
 
-    def __init__(self, data: bytes, seconds: float = ARTIFACT_SECONDS) -> None:
-        self.data = data
-        self.at = 0
-        self.stack: List[Any] = []
-        self.marks: List[int] = []
-        self.memo: Dict[int, Any] = {}
-        self.key_parts = PICKLE_KEY_PARTS
-        self.copied = 0
-        self.deadline = time.monotonic() + seconds
+    names = _pickle_names()
+    types: Dict[str, Any] = {}
+    wanted: Set[str] = set()
 
-    def run(self) -> Any:
-        """The value the pickle describes. Raises UnreadablePickle, _OverLimit."""
-        data, table, costly, count, made = self.data, _OPCODES, _COSTLY, 0, 0
-        try:
-            while True:
-                code = data[self.at]
-                self.at += 1
-                if code == 0x2E:  # STOP
-                    return self.stack.pop()
-                table[code](self)
-                count += 1
-                if code in costly:
-                    made += 1
-                if not count & 1023:
-                    self.in_time()
-                    if count > PICKLE_STEPS or made > PICKLE_OBJECTS:
-                        raise _OverLimit()
-        except UnreadablePickle:
-            raise
-        except KeyError:
-            raise UnreadablePickle(
-                "not a pickle: unknown instruction or reference near byte %d" % self.at
-            ) from None
-        except IndexError:
-            raise UnreadablePickle(
-                "the pickle is cut short or broken near byte %d" % self.at
-            ) from None
-        except (
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            struct.error,
-            MemoryError,
-            RecursionError,
-        ) as error:
-            raise UnreadablePickle("broken pickle: %s" % type(error).__name__) from None
+    def zone(key: Any, *_: Any) -> Any:
+        if key not in zones:
+            wanted.add(str(key))
+        return zones.get(key)
 
-    def in_time(self) -> None:
-        """Raises UnreadablePickle once the deadline has passed."""
-        if time.monotonic() > self.deadline:
-            raise UnreadablePickle("the value takes too long to build")
+    def attribute(of: Any, name: str) -> Any:
+        if not isinstance(of, _ForeignType):
+            raise ValueError("an attribute of what is no class")
+        module, _, owner = of.path.rpartition(".")
+        return find(module or "builtins", "%s.%s" % (owner, name))
 
-    # Input.
+    own = {"builtins.getattr": attribute, "zoneinfo.ZoneInfo._unpickle": zone, "pytz._p": zone}
 
-    def take(self, size: int) -> bytes:
-        """The next `size` bytes; IndexError when there are fewer."""
-        end = self.at + size
-        if size < 0 or end > len(self.data):
-            raise IndexError
-        taken = self.data[self.at : end]
-        self.at = end
-        return taken
+    def find(module: str, name: str) -> Any:
+        module = _OLD_MODULES.get(module, module)
+        module = module.replace("numpy.core.", "numpy._core.")
+        name = _OLD_NAMES.get(name, name) if module == "builtins" else name
+        path = "%s.%s" % (module, name)
+        for known in (own, names, types):
+            if path in known:
+                return known[path]
+        types[path] = _foreign_type(module, name)
+        return types[path]
 
-    def number(self, size: int, signed: bool = False) -> int:
-        """The next `size` bytes as a little-endian integer."""
-        return int.from_bytes(self.take(size), "little", signed=signed)
+    class Unpickler(pickle.Unpickler):
+        find_class = staticmethod(find)
 
-    def line(self) -> bytes:
-        """The bytes up to the next newline, without it."""
-        end = self.data.find(b"\n", self.at)
-        if end < 0:
-            raise IndexError
-        taken = self.data[self.at : end]
-        self.at = end + 1
-        return taken
+        def persistent_load(self, pid: Any) -> Any:
+            return _foreign_type("pickle", "persistent_id")()
 
-    def text(self, size: int) -> str:
-        """The next `size` bytes as text."""
-        return self.take(size).decode("utf-8", "surrogatepass")
-
-    # The stack. A mark is the height at which it was set; values below the last mark cannot be popped.
-
-    def push(self, value: Any) -> None:
-        """Put a value on the stack."""
-        self.stack.append(value)
-
-    def pop(self) -> Any:
-        """Take the top value off the stack."""
-        if self.marks and len(self.stack) <= self.marks[-1]:
-            raise IndexError
-        return self.stack.pop()
-
-    def top(self) -> Any:
-        """The top value, left where it is."""
-        if self.marks and len(self.stack) <= self.marks[-1]:
-            raise IndexError
-        return self.stack[-1]
-
-    def pop_mark(self) -> List[Any]:
-        """Take off all values above the last mark, and the mark."""
-        height = self.marks.pop()
-        items = self.stack[height:]
-        del self.stack[height:]
-        return items
-
-    # Values.
-
-    def key(self, value: Any) -> Any:
-        """`value` as a dict key or set member; refuses what cannot be one, or what is costly to hash."""
-        if type(value) in _PLAIN_KINDS:
-            return value
-        waiting = [(value, 0)]
-        while waiting:
-            part, depth = waiting.pop()
-            self.key_parts -= 1
-            if depth > PICKLE_KEY_DEPTH or self.key_parts < 0:
-                raise UnreadablePickle("a key is nested too deep")
-            if type(part) in (tuple, frozenset, _Frame):
-                if len(part) > self.key_parts:
-                    raise UnreadablePickle("a key has too many parts")
-                waiting.extend((inner, depth + 1) for inner in part)
-            elif type(part) not in _PLAIN_KINDS:
-                raise UnreadablePickle("a value that cannot be a key is used as one")
-        return value
-
-    def set_items(self, target: Any, items: Sequence[Any]) -> None:
-        """Key, value, key, value ... into a dict; what a foreign object would get is dropped."""
-        if len(items) % 2:
-            raise IndexError
-        if not isinstance(target, dict):
-            if isinstance(target, PickledObject):
-                return
-            raise TypeError
-        for index in range(0, len(items), 2):
-            target[self.key(items[index])] = items[index + 1]
-            if not index & 1023:
-                self.in_time()
-
-    def add_items(self, target: Any, items: Sequence[Any]) -> None:
-        """Members into a set; likewise."""
-        if isinstance(target, PickledObject):
-            return
-        if type(target) is not set:
-            raise TypeError
-        for index, item in enumerate(items):
-            target.add(self.key(item))
-            if not index & 1023:
-                self.in_time()
-
-    def append_items(self, target: Any, items: Sequence[Any]) -> None:
-        """Items to the end of a list; likewise."""
-        if isinstance(target, list):
-            target.extend(items)
-        elif not isinstance(target, PickledObject):
-            raise TypeError
-
-    def integer(self, data: bytes) -> Any:
-        """A binary integer; one too long to print is only named."""
-        if len(data) > PICKLE_NUMBER_BYTES:
-            return PickledObject(PickledName("builtins", "int"))
-        return int.from_bytes(data, "little", signed=True)
-
-    def decimal_integer(self, data: bytes) -> Any:
-        """An integer of protocol 0; likewise."""
-        if len(data) > 4300:
-            return PickledObject(PickledName("builtins", "int"))
-        return int(data.decode("ascii"))
-
-    def make(self, of: Any, args: Any) -> Any:
-        """What calling `of(*args)` stands for: plain data from the list above, else a PickledObject. Calls
-        nothing foreign.
-        """
-        if type(of) is not PickledName:
-            if isinstance(of, PickledObject):
-                return PickledObject(of.of)
-            raise UnreadablePickle("the pickle calls something that is no function")
-        if type(args) is not tuple:
-            args = ()
-        self.count_copies(args)
-        if of.module == "builtins" and of.name in ("set", "frozenset"):
-            return self.make_set(of.name, args)
-        maker = _MAKERS.get((of.module, of.name))
-        if maker is not None:
-            try:
-                return maker(*args)
-            except (TypeError, ValueError, OverflowError, ArithmeticError, UnicodeError):
-                return PickledObject(of)
-        if of.name in _RECONSTRUCTORS and args and type(args[0]) is PickledName:
-            return PickledObject(args[0])
-        return PickledObject(of, args)
-
-    def count_copies(self, values: Iterable[Any]) -> None:
-        """Account for values that are about to be copied. Raises _OverLimit."""
-        for value in values:
-            if isinstance(value, (str, bytes, list, tuple, dict, set, frozenset)):
-                self.copied += len(value) * (1 if isinstance(value, (str, bytes)) else 64)
-        if self.copied > PICKLE_COPIED:
-            raise _OverLimit()
-
-    def make_set(self, name: str, args: Tuple[Any, ...]) -> Any:
-        """set(*args) or frozenset(*args)."""
-        made: Set[Any] = set()
-        if args:
-            if len(args) != 1 or type(args[0]) not in (list, tuple, set, frozenset):
-                return PickledObject(PickledName("builtins", name))
-            self.add_items(made, list(args[0]))
-        return made if name == "set" else frozenset(made)
-
-    def build(self, target: Any, state: Any) -> None:
-        """What `__setstate__` would get: kept for foreign objects and Metaflow configs, else dropped."""
-        if isinstance(target, PickledObject) and target.of.module != "pickle":
-            target.state = state
-        elif (
-            type(target) is _Config
-            and isinstance(state, dict)
-            and isinstance(state.get("_data"), dict)
-        ):
-            self.count_copies((state["_data"],))
-            target.update(state["_data"])
+    value = Unpickler(io.BytesIO(data), encoding="latin-1").load()
+    if wanted:
+        raise NeedsZones(wanted)
+    return value
 
 
-def _run_constant(value: Any) -> Callable[[_PickleMachine], None]:
-    return lambda m: m.stack.append(value)
-
-
-def _run_tuple(size: int) -> Callable[[_PickleMachine], None]:
-    def run(m: _PickleMachine) -> None:
-        items = [m.pop() for _ in range(size)]
-        m.push(tuple(reversed(items)))
-
-    return run
-
-
-def _run_int(m: _PickleMachine) -> None:
-    data = m.line()
-    m.push(data == b"01" if data in (b"00", b"01") else m.decimal_integer(data))
-
-
-def _run_long(m: _PickleMachine) -> None:
-    data = m.line()
-    m.push(m.decimal_integer(data[:-1] if data.endswith(b"L") else data))
-
-
-def _run_string(m: _PickleMachine) -> None:
-    data = m.line()
-    if len(data) < 2 or data[:1] != data[-1:] or data[:1] not in b"'\"":
-        raise ValueError
-    m.push(codecs.escape_decode(data[1:-1])[0].decode("latin-1"))
-
-
-def _run_set_item(m: _PickleMachine) -> None:
-    value = m.pop()
-    key = m.pop()
-    m.set_items(m.top(), (key, value))
-
-
-def _run_append(m: _PickleMachine) -> None:
-    value = m.pop()
-    m.append_items(m.top(), (value,))
-
-
-def _run_marked(
-    store: Callable[[_PickleMachine, Any, Sequence[Any]], None],
-) -> Callable[[_PickleMachine], None]:
-    def run(m: _PickleMachine) -> None:
-        items = m.pop_mark()
-        store(m, m.top(), items)
-
-    return run
-
-
-def _run_dict(m: _PickleMachine) -> None:
-    items = m.pop_mark()
-    made: Dict[Any, Any] = {}
-    m.set_items(made, items)
-    m.push(made)
-
-
-def _run_frozenset(m: _PickleMachine) -> None:
-    items = m.pop_mark()
-    made: Set[Any] = set()
-    m.add_items(made, items)
-    m.push(frozenset(made))
-
-
-def _run_call(m: _PickleMachine) -> None:
-    args = m.pop()
-    m.push(m.make(m.pop(), args))
-
-
-def _run_new_with_names(m: _PickleMachine) -> None:
-    named = m.pop()
-    args = m.pop()
-    of = m.pop()
-    m.push(PickledObject(of) if named and type(of) is PickledName else m.make(of, args))
-
-
-def _run_object(m: _PickleMachine) -> None:
-    items = m.pop_mark()
-    m.push(m.make(items[0], tuple(items[1:])))
-
-
-def _run_instance(m: _PickleMachine) -> None:
-    of = PickledName(m.line().decode("utf-8"), m.line().decode("utf-8"))
-    m.push(m.make(of, tuple(m.pop_mark())))
-
-
-def _run_stack_global(m: _PickleMachine) -> None:
-    name = m.pop()
-    module = m.pop()
-    if type(name) is not str or type(module) is not str:
-        raise UnreadablePickle("a name in the pickle is no text")
-    m.push(PickledName(module, name))
-
-
-def _run_build(m: _PickleMachine) -> None:
-    state = m.pop()
-    m.build(m.top(), state)
-
-
-def _run_pop(m: _PickleMachine) -> None:
-    if m.marks and len(m.stack) == m.marks[-1]:
-        m.marks.pop()
+def _text_of(value: Any, size: int) -> str:
+    """str(value), or "<type, N bytes>" for an object that would be a long text."""
+    if isinstance(value, Foreign):
+        if type(value).path == "uuid.UUID":
+            return _uuid_text(value)
+        text = repr(value)
+        if type(value).path not in _FOREIGN_TEXTS and (text[:1] == "<" or len(text) > FOREIGN_TEXT):
+            text = "<%s, %d bytes>" % (type(value).path, size)
     else:
-        m.pop()
-
-
-def _run_pop_mark(m: _PickleMachine) -> None:
-    m.pop_mark()
-
-
-def _run_frame(m: _PickleMachine) -> None:
-    m.take(8)  # only a hint for reading files piece by piece
-
-
-def _run_unknown(size: int, name: str) -> Callable[[_PickleMachine], None]:
-    """Persistent ids and the extension registry: names that mean something only in the process that wrote
-    them.
-    """
-
-    unknown = PickledObject(PickledName("pickle", name))  # never built: one for all of them
-
-    def run(m: _PickleMachine) -> None:
-        if size == 0:
-            m.pop()
-        elif size < 0:
-            m.line()
-        else:
-            m.take(size)
-        m.push(unknown)
-
-    return run
-
-
-def _run_proto(m: _PickleMachine) -> None:
-    if m.number(1) > 5:
-        raise UnreadablePickle("a pickle protocol that is too new")
-
-
-# The instructions by their byte, as the pickletools module of Python documents them.
-_OPCODES: Dict[int, Callable[[_PickleMachine], None]] = {
-    0x28: lambda m: m.marks.append(len(m.stack)),  # MARK
-    0x30: _run_pop,
-    0x31: _run_pop_mark,
-    0x32: lambda m: m.push(m.top()),  # DUP
-    0x46: lambda m: m.push(float(m.line())),  # FLOAT
-    0x49: _run_int,
-    0x4A: lambda m: m.push(m.number(4, True)),  # BININT
-    0x4B: lambda m: m.push(m.number(1)),  # BININT1
-    0x4C: _run_long,
-    0x4D: lambda m: m.push(m.number(2)),  # BININT2
-    0x4E: _run_constant(None),
-    0x50: _run_unknown(-1, "persistent_id"),
-    0x51: _run_unknown(0, "persistent_id"),
-    0x52: _run_call,  # REDUCE
-    0x53: _run_string,
-    0x54: lambda m: m.push(m.take(m.number(4, True)).decode("latin-1")),  # BINSTRING
-    0x55: lambda m: m.push(m.take(m.number(1)).decode("latin-1")),  # SHORT_BINSTRING
-    0x56: lambda m: m.push(m.line().decode("raw-unicode-escape")),  # UNICODE
-    0x58: lambda m: m.push(m.text(m.number(4))),  # BINUNICODE
-    0x61: _run_append,
-    0x62: _run_build,
-    0x63: lambda m: m.push(
-        PickledName(m.line().decode("utf-8"), m.line().decode("utf-8"))
-    ),  # GLOBAL
-    0x64: _run_dict,
-    0x65: _run_marked(_PickleMachine.append_items),  # APPENDS
-    0x67: lambda m: m.push(m.memo[int(m.line())]),  # GET
-    0x68: lambda m: m.push(m.memo[m.number(1)]),  # BINGET
-    0x69: _run_instance,
-    0x6A: lambda m: m.push(m.memo[m.number(4)]),  # LONG_BINGET
-    0x6C: lambda m: m.push(m.pop_mark()),  # LIST
-    0x6F: _run_object,
-    0x70: lambda m: m.memo.__setitem__(int(m.line()), m.top()),  # PUT
-    0x71: lambda m: m.memo.__setitem__(m.number(1), m.top()),  # BINPUT
-    0x72: lambda m: m.memo.__setitem__(m.number(4), m.top()),  # LONG_BINPUT
-    0x73: _run_set_item,
-    0x74: lambda m: m.push(tuple(m.pop_mark())),  # TUPLE
-    0x75: _run_marked(_PickleMachine.set_items),  # SETITEMS
-    0x5D: lambda m: m.push([]),  # EMPTY_LIST
-    0x7D: lambda m: m.push({}),  # EMPTY_DICT
-    0x29: _run_constant(()),
-    0x42: lambda m: m.push(m.take(m.number(4))),  # BINBYTES
-    0x43: lambda m: m.push(m.take(m.number(1))),  # SHORT_BINBYTES
-    0x47: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),  # BINFLOAT
-    0x80: _run_proto,
-    0x81: _run_call,  # NEWOBJ
-    0x82: _run_unknown(1, "extension"),
-    0x83: _run_unknown(2, "extension"),
-    0x84: _run_unknown(4, "extension"),
-    0x85: _run_tuple(1),
-    0x86: _run_tuple(2),
-    0x87: _run_tuple(3),
-    0x88: _run_constant(True),
-    0x89: _run_constant(False),
-    0x8A: lambda m: m.push(m.integer(m.take(m.number(1)))),  # LONG1
-    0x8B: lambda m: m.push(m.integer(m.take(m.number(4)))),  # LONG4
-    0x8C: lambda m: m.push(m.text(m.number(1))),  # SHORT_BINUNICODE
-    0x8D: lambda m: m.push(m.text(m.number(8))),  # BINUNICODE8
-    0x8E: lambda m: m.push(m.take(m.number(8))),  # BINBYTES8
-    0x8F: lambda m: m.push(set()),  # EMPTY_SET
-    0x90: _run_marked(_PickleMachine.add_items),  # ADDITEMS
-    0x91: _run_frozenset,
-    0x92: _run_new_with_names,
-    0x93: _run_stack_global,
-    0x94: lambda m: m.memo.__setitem__(len(m.memo), m.top()),  # MEMOIZE
-    0x95: _run_frame,
-    0x96: lambda m: m.push(bytearray(m.take(m.number(8)))),  # BYTEARRAY8
-    0x97: _run_constant(PickledObject(PickledName("pickle", "PickleBuffer"))),  # NEXT_BUFFER
-    0x98: lambda m: None,  # READONLY_BUFFER
-}
-_COSTLY = frozenset(b"]}\x8f\x94pqr\x85\x86\x87tldR\x81\x91\x92\x93ciob")
-
-
-def unpickle_plain(data: bytes, seconds: float = ARTIFACT_SECONDS) -> Any:
-    """The value of a pickle, of plain types, PlainValue, PickledObject and PickledName; raises
-    UnreadablePickle.
-
-    Never imports, never calls what the pickle names. Parts of other types are PickledObjects. Raises
-    _OverLimit for a pickle of too many parts.
-    """
-    return _PickleMachine(data, seconds).run()
-
-
-# Values as text and as JSON.
-
-
-class _TextWriter:
-    """Writes repr(value) within a limit of characters and of depth; raises _OverLimit."""
-
-    def __init__(self, limit: int = ARTIFACT_TEXT) -> None:
-        self.parts: List[str] = []
-        self.left = limit
-        self.open: Set[int] = set()
-
-    def put(self, text: str) -> None:
-        """Add text. Raises _OverLimit beyond the limit."""
-        self.left -= len(text)
-        if self.left < 0:
-            raise _OverLimit()
-        self.parts.append(text)
-
-    def write(self, value: Any) -> None:
-        """Add repr(value)."""
-        kind = type(value)
-        if kind in (list, tuple, dict, set, frozenset) or isinstance(value, (list, tuple, dict)):
-            self.write_container(value)
-        elif kind is PlainValue:
-            self.put(value.code)
-        elif kind is PickledObject:
-            self.write_object(value)
-        elif kind is PickledName:
-            self.put(("<class '%s'>" if value.module == "builtins" else "<%s>") % value.path)
-        elif kind in (str, bytes, bytearray):
-            if len(value) > self.left:
-                raise _OverLimit()
-            self.put(repr(value))
-        else:
-            self.put(repr(value))
-
-    def write_container(self, value: Any) -> None:
-        """Add a container; one inside itself, or nested too deep, as `[...]`."""
-        if id(value) in self.open or len(self.open) >= VALUE_DEPTH:
-            self.put(
-                "{...}"
-                if isinstance(value, dict)
-                else "(...)"
-                if isinstance(value, tuple)
-                else "[...]"
-            )
-            return
-        self.open.add(id(value))
-        if isinstance(value, dict):
-            self.write_mapping(value)
-        elif isinstance(value, _Frame):
-            self.put("ForeachFrame(")
-            self.write_items(value, names=_Frame._fields)
-            self.put(")")
-        elif isinstance(value, tuple):
-            self.put("(")
-            self.write_items(value)
-            self.put(",)" if len(value) == 1 else ")")
-        elif isinstance(value, list):
-            self.put("deque([" if isinstance(value, _Queue) else "[")
-            self.write_items(value)
-            self.put("]")
-            if isinstance(value, _Queue):
-                self.put(")" if value.maxlen is None else ", maxlen=%d)" % value.maxlen)
-        else:
-            name = "" if type(value) is set and value else type(value).__name__
-            opening, closing = ("(", ")") if not value else ("({", "})") if name else ("{", "}")
-            self.put(name + opening)
-            self.write_items(value)
-            self.put(closing)
-        self.open.discard(id(value))
-
-    def write_items(self, items: Iterable[Any], names: Sequence[str] = ()) -> None:
-        """Add items, separated by commas; `names` make them keyword arguments."""
-        for index, item in enumerate(items):
-            if index:
-                self.put(", ")
-            if names:
-                self.put(names[index] + "=")
-            self.write(item)
-
-    def write_mapping(self, value: Dict[Any, Any]) -> None:
-        """Add a dict, or one of its kinds from `collections`."""
-        kind = type(value)
-        if kind is _Ordered:
-            if not value:
-                return self.put("OrderedDict()")
-            if sys.version_info < (3, 12):  # as the OrderedDict of this Python writes itself
-                self.put("OrderedDict(")
-                self.write_container(list(value.items()))
-                return self.put(")")
-        if kind is _Counted and not value:
-            return self.put("Counter()")
-        if kind is _Defaulted:
-            self.put("defaultdict(")
-            self.write(getattr(value, "factory", None))
-            self.put(", ")
-        opening = {_Ordered: "OrderedDict(", _Counted: "Counter("}.get(kind, "")
-        self.put(opening + "{")
-        pairs = list(value.items())
-        if kind is _Counted and all(type(count) in (int, float) for count in value.values()):
-            pairs.sort(key=lambda pair: pair[1], reverse=True)
-        for index, (key, item) in enumerate(pairs):
-            if index:
-                self.put(", ")
-            self.write(key)
-            self.put(": ")
-            self.write(item)
-        self.put("})" if opening or kind is _Defaulted else "}")
-        return None
-
-    def write_object(self, value: PickledObject) -> None:
-        """Add what a foreign object would look like, if that is known, else <its class>."""
-        text, code = _known_object(value, self)
-        self.put(code or text or "<%s>" % value.of.path)
-
-
-def _known_object(value: PickledObject, writer: Optional[_TextWriter] = None) -> Tuple[str, str]:
-    """(str(), repr()) of the few objects that a UI user meets and that are no plain values; ("", "") for all
-    others.
-
-    uuid.UUID; builtin exceptions with plain arguments; Metaflow's own MetaflowExceptionWrapper (str() is the
-    stack trace, metaflow/exception.py) and client objects (repr is Run('Flow/1'), metaflow/client/core.py).
-    """
-    of, state = value.of, value.state if isinstance(value.state, dict) else {}
-    number = state.get("int")
-    if (of.module, of.name) == ("uuid", "UUID") and type(number) is int and 0 <= number < 1 << 128:
-        digits = "%032x" % number
-        text = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-        return text, "UUID('%s')" % text
-    if (of.module, of.name) == ("metaflow.exception", "MetaflowExceptionWrapper"):
-        trace = state.get("stacktrace")
-        text = trace if isinstance(trace, str) else ""
-        if not text:
-            parts = [
-                state.get(name) for name in ("type", "exception")
-            ]  # both are text, unless somebody is hostile
-            parts = [part if part is None or isinstance(part, str) else "..." for part in parts]
-            text = "[no stacktrace]\n%s: %s" % (parts[0], parts[1])
-        return text, text
-    if of.module == "metaflow.client.core" and of.name in _METAFLOW_OBJECTS:
-        data = state.get("data")
-        path = data[0] if isinstance(data, (list, tuple)) and data else state.get("_pathspec")
-        text = "%s(%r)" % (of.name, path) if isinstance(path, str) else ""
-        return text, text
-    if of.module == "builtins" and of.name in _FLAT_ERRORS and len(value.args) < 10:
-        if any(
-            type(arg) not in _PLAIN_KINDS or type(arg) in (PickledObject, PickledName)
-            for arg in value.args
-        ):
-            return "", ""
-        args = _TextWriter(writer.left if writer else ARTIFACT_TEXT)
-        args.write_items(value.args)
-        inside = "".join(args.parts)
-        text = "(%s)" % inside if len(value.args) > 1 else inside
-        if len(value.args) == 1 and of.name != "KeyError":
-            text = plain_text(value.args[0])
-        return text, "%s(%s)" % (of.name, inside)
-    return "", ""
-
-
-def plain_text(value: Any, limit: int = ARTIFACT_TEXT) -> str:
-    """str(value) as Python writes it, for what `unpickle_plain` gives; "" for an object of which only the
-    type is known.
-
-    Raises _OverLimit for more than `limit` characters.
-    """
-    if isinstance(value, (str, PlainValue)):
-        text = value if isinstance(value, str) else value.text
-        if len(text) > limit:
-            raise _OverLimit()
-        return text
-    if isinstance(value, PickledObject):
-        return _known_object(value)[0]
-    writer = _TextWriter(limit)
-    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, datetime.timezone)):
-        writer.put(str(value))
-    else:
-        writer.write(value)
-    return "".join(writer.parts)
+        text = str(value)
+    if len(text) > ARTIFACT_TEXT:
+        raise _OverLimit(size)
+    return text
 
 
 class _JsonMaker:
@@ -5163,426 +4563,26 @@ class _JsonMaker:
 
     def __init__(self) -> None:
         self.left = VALUE_PARTS
-        self.open: Set[int] = set()
 
-    def make(self, value: Any) -> Any:
+    def make(self, value: Any, depth: int = 0) -> Any:
         """The value, made of what JSON has. Raises _OverLimit."""
         self.left -= 1
         if self.left < 0:
             raise _OverLimit()
         if value is None or type(value) in (bool, int, str):
             return value
-        if type(value) is float:
-            return value if math.isfinite(value) else str(value)
+        if type(value) is float and math.isfinite(value):
+            return value
+        if isinstance(value, NumpyArray) and math.prod(value.shape) <= ARRAY_VALUES:
+            value = value.rows
         if isinstance(value, (dict, list, tuple, set, frozenset)):
-            if id(value) in self.open or len(self.open) >= VALUE_DEPTH:
+            if depth >= VALUE_DEPTH:
                 return "..."
-            self.open.add(id(value))
-            made: Any
             if isinstance(value, dict):
-                made = {
-                    key if type(key) is str else _text_or_type(key): self.make(item)
-                    for key, item in value.items()
-                }
-            else:
-                made = [self.make(item) for item in value]
-            self.open.discard(id(value))
-            return made
-        return _text_or_type(value)
-
-
-def _text_or_type(value: Any) -> str:
-    return plain_text(value) or ("<%s>" % value.of.path if isinstance(value, PickledObject) else "")
-
-
-# Artifacts. Layout of the local datastore (metaflow/datastore: content_addressed_store, task_datastore; the
-# same from 2.12.0 to 2.19): <root>/<Flow>/data/<sha[:2]>/<sha> is gzip, or raw bytes when <sha>_meta says
-# "cas_raw"; <root>/<Flow>/<run>/<step>/<task>/<attempt>.data.json has "objects" {name: sha} and "info" {name:
-# {size, type, encoding}}.
-
-
-class ArtifactValue:
-    """An artifact as it can be shown.
-
-    value: as `unpickle_plain` gives it, or the text or bytes of an included file; None after an error.
-    text: str(value), or "<type, N bytes>" when the value is more than plain data; "" after an error.
-    size: bytes of its pickle, or of an included file, when known. type: "numpy.ndarray", when known.
-    error: None or {"id", "detail", "traceback": None}; ids: artifact-too-large, artifact-not-found,
-    artifact-unreadable, datastore-not-local.
-    """
-
-    __slots__ = ("value", "text", "size", "type", "error")
-
-    def __init__(
-        self, value: Any = None, text: str = "", size: Optional[int] = None, type: str = ""
-    ) -> None:
-        self.value = value
-        self.text = text
-        self.size = size
-        self.type = type
-        self.error: Optional[Dict[str, Any]] = None
-
-
-_SHA = re.compile(r"[0-9a-f]{6,128}")
-_TYPE = re.compile(r"<(?:class|type) '([^'<>]{1,200})'>")
-_PICKLES = frozenset(["pickle-v2", "pickle-v4", "gzip+pickle-v2", "gzip+pickle-v4", "", None])
-_task_index_lock = threading.Lock()
-_task_indexes: Dict[
-    Tuple[str, ...], Tuple[Tuple[int, int, int], Dict[str, Any]]
-] = {}  # the latest used last
-
-
-def _task_index(metaflow_dir: str, parts: Tuple[str, ...]) -> Dict[str, Any]:
-    """The "info" of a task's N.data.json, {} when there is none; kept as long as the file does not change."""
-    file = _open_below(metaflow_dir, parts)
-    if file is None:
-        return {}
-    key = (metaflow_dir,) + parts
-    with file:
-        now = os.fstat(file.fileno())
-        mark = (now.st_ino, now.st_mtime_ns, now.st_size)
-        with _task_index_lock:
-            known = _task_indexes.get(key)
-            if known is not None and known[0] == mark:
-                _task_indexes[key] = _task_indexes.pop(key)
-                return known[1]
-        if now.st_size > TASK_INDEX_BYTES:
-            return {}
-        try:
-            info = json.loads(file.read()).get("info", {})
-        except (OSError, ValueError, AttributeError, RecursionError):
-            return {}
-    info = info if isinstance(info, dict) else {}
-    with _task_index_lock:
-        _task_indexes[key] = (mark, info)
-        while len(_task_indexes) > TASK_INDEX_CACHE:
-            del _task_indexes[next(iter(_task_indexes))]
-    return info
-
-
-def _read_blob(metaflow_dir: str, flow: str, sha: str, limit: int) -> Optional[bytes]:
-    """The bytes under a key of the content-addressed store, None when there are none.
-
-    Raises _OverLimit, ValueError for bytes that are not what they should be.
-    """
-    file = _open_below(metaflow_dir, (flow, "data", sha[:2], sha))
-    if file is None:
-        return None
-    with file:
-        meta: Any = {}
-        try:
-            meta = json.loads(
-                _read_below(metaflow_dir, (flow, "data", sha[:2], sha + "_meta"), 4096) or b"{}"
-            )
-        except (_OverLimit, ValueError, RecursionError):
-            pass
-        meta = meta if isinstance(meta, dict) else {}
-        if not meta.get("cas_raw", False):
-            if meta.get("cas_version", 1) != 1:
-                raise ValueError("encoding version %s is not known" % str(meta["cas_version"])[:20])
-            return _gunzip(file, limit)
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise _OverLimit(size)
-        return file.read(limit)
-
-
-def _gunzip(file: IO[bytes], limit: int) -> bytes:
-    """Unpacks at most `limit` bytes; the sizes that gzip itself claims are not believed."""
-    import gzip
-
-    if (
-        os.fstat(file.fileno()).st_size > limit + limit // 1000 + 1024
-    ):  # more than `limit` bytes, or padding
-        raise _OverLimit()
-    try:
-        data = gzip.GzipFile(fileobj=file).read(limit + 1)
-    except (OSError, EOFError, zlib.error):
-        raise ValueError("the file is damaged") from None
-    if len(data) <= limit:
-        return data
-    size = None
-    try:
-        file.seek(-4, os.SEEK_END)
-        size = struct.unpack("<I", file.read(4))[0]  # exact below 4 GiB
-    except (OSError, struct.error):
-        pass
-    raise _OverLimit(size if size and size > limit else None)
-
-
-def _art_field(record: Mapping[str, Any], name: str) -> str:
-    value = record.get(name)
-    return "" if value is None else str(value)
-
-
-def _artifact_path(record: Mapping[str, Any]) -> str:
-    """Flow/run/step/task/name, as Metaflow's client writes it."""
-    run = _art_field(record, "run_id") or _art_field(record, "run_number")
-    task = _art_field(record, "task_name") or _art_field(record, "task_id")
-    return "/".join(
-        (
-            _art_field(record, "flow_id"),
-            run,
-            _art_field(record, "step_name"),
-            task,
-            _art_field(record, "name"),
-        )
-    )
-
-
-def _art_failed(value: ArtifactValue, id: str, detail: str) -> ArtifactValue:
-    value.value, value.text = None, ""
-    value.error = {"id": id, "detail": detail, "traceback": None}
-    return value
-
-
-def _art_too_large(
-    value: ArtifactValue, record: Mapping[str, Any], size: Optional[int]
-) -> ArtifactValue:
-    if value.size is None:
-        value.size = size
-    known = "%d bytes" % value.size if value.size is not None else "too large to show"
-    return _art_failed(value, TOO_LARGE_ID, "%s: %s" % (_artifact_path(record), known))
-
-
-def read_artifact(
-    metaflow_dir: str,
-    record: Mapping[str, Any],
-    *,
-    limit: int = ARTIFACT_BYTES,
-    data_roots: Sequence[str] = (),
-) -> ArtifactValue:
-    """The value of an artifact, from its record (`flow_id`, `run_number`, `step_name`, `task_id`, `name`,
-    `attempt_id`, `sha`, `ds_type`, `location`, `content_type`; a row with `run_id` and `task_name` does as
-    well). Never raises for bad data.
-
-    `location` is `:root:<path of a .metaflow>`. Blobs are named by their content, so one that is here is
-    right even when the project has moved since; one that is not here and was written elsewhere is
-    `datastore-not-local`. `data_roots`: more directories with included files, besides <metaflow_dir>/data
-    (Metaflow puts them into <METAFLOW_DATASTORE_SYSROOT_LOCAL>/data).
-    """
-    value = ArtifactValue()
-    ds_type, location = record.get("ds_type"), record.get("location")
-    root = location[6:] if isinstance(location, str) and location.startswith(":root:") else location
-    here = is_here(metaflow_dir, ds_type, root)
-    if not here and ds_type not in (None, "", "local"):
-        return _art_failed(value, NOT_LOCAL_ID, not_local_text(ds_type, root))
-    flow, sha = _art_field(record, "flow_id"), _art_field(record, "sha")
-    info = _artifact_info(metaflow_dir, record)
-    if type(info.get("size")) is int:
-        value.size = info["size"]
-    known = _TYPE.fullmatch(info["type"]) if isinstance(info.get("type"), str) else None
-    value.type = known.group(1) if known else ""
-    if value.size is not None and value.size > limit:
-        return _art_too_large(value, record, value.size)
-    try:
-        data = _read_blob(metaflow_dir, flow, sha, limit) if _SHA.fullmatch(sha) else None
-    except _OverLimit as error:
-        return _art_too_large(value, record, error.size)
-    except (ValueError, OSError, MemoryError) as error:
-        return _art_failed(value, UNREADABLE_ID, "%s: %s" % (_artifact_path(record), error))
-    if data is None:
-        if not here:
-            return _art_failed(value, NOT_LOCAL_ID, not_local_text(ds_type, root))
-        return _art_failed(
-            value, NOT_FOUND_ID, "%s: its data is not in the datastore" % _artifact_path(record)
-        )
-    value.size = len(data)
-    encoding = info.get("encoding") or record.get("content_type")
-    encoding = encoding if isinstance(encoding, str) else None
-    own = os.path.join(metaflow_dir, "data")
-    if _is_below(os.path.realpath(own), os.path.realpath(metaflow_dir)):
-        data_roots = [own, *data_roots]
-    return _decode_artifact(value, record, data, encoding, limit, data_roots)
-
-
-def _artifact_info(metaflow_dir: str, record: Mapping[str, Any]) -> Dict[str, Any]:
-    run = _art_field(record, "run_id") or _art_field(record, "run_number")
-    task = _art_field(record, "task_name") or _art_field(record, "task_id")
-    parts = (
-        _art_field(record, "flow_id"),
-        run,
-        _art_field(record, "step_name"),
-        task,
-        _art_field(record, "attempt_id") + ".data.json",
-    )
-    info = _task_index(metaflow_dir, parts).get(_art_field(record, "name"), {})
-    return info if isinstance(info, dict) else {}
-
-
-def _decode_artifact(
-    value: ArtifactValue,
-    record: Mapping[str, Any],
-    data: bytes,
-    encoding: Any,
-    limit: int,
-    data_roots: Sequence[str],
-) -> ArtifactValue:
-    name = _artifact_path(record)
-    if encoding not in _PICKLES:  # written by a serializer of an extension
-        value.text = "<%s, %d bytes>" % (value.type or encoding, len(data))
-        return value
-    try:
-        value.value = unpickle_plain(data)
-        if (
-            isinstance(value.value, PickledObject)
-            and (value.value.of.module, value.value.of.name) == _INCLUDED_FILE
-        ):
-            return _read_included(value, record, value.value, limit, data_roots)
-        value.text = plain_text(value.value)
-    except _OverLimit:
-        return _art_too_large(value, record, len(data))
-    except (UnreadablePickle, RecursionError, MemoryError) as error:
-        return _art_failed(value, UNREADABLE_ID, "%s: %s" % (name, error))
-    if isinstance(value.value, PickledObject):
-        value.type = value.type or value.value.of.path
-        value.text = value.text or "<%s, %d bytes>" % (value.type, len(data))
-    return value
-
-
-_INCLUDED_FILE = ("metaflow.includefile", "IncludedFile")
-_INCLUDED = re.compile(r"(?s:local://.*/([^/]+)/([0-9a-f]{40}))")
-
-
-def _read_included(
-    value: ArtifactValue,
-    record: Mapping[str, Any],
-    pickled: PickledObject,
-    limit: int,
-    data_roots: Sequence[str],
-) -> ArtifactValue:
-    """The content of an IncludeFile parameter.
-
-    Its pickle holds {"type": "uploader-v1"|"uploader-v2", "url", "is_text", "encoding", "size"}
-    (metaflow/includefile.py); the gzip file is called by the sha1 of the content. The url is not followed:
-    the name is looked up in `data_roots` and the content must have that sha1, so that no pickle can name
-    another file.
-    """
-    import hashlib
-
-    state = pickled.state if isinstance(pickled.state, dict) else {}
-    descriptor = state.get("_descriptor")
-    descriptor = descriptor if isinstance(descriptor, dict) else {}
-    value.type = "metaflow.includefile.IncludedFile"
-    size, url = descriptor.get("size"), descriptor.get("url")
-    value.size = size if type(size) is int else None
-    if value.size is not None and value.size > limit:
-        return _art_too_large(value, record, value.size)
-    named = _INCLUDED.fullmatch(url) if isinstance(url, str) else None
-    if named is None or descriptor.get("type") not in ("uploader-v1", "uploader-v2"):
-        kind = url.partition("://")[0] if isinstance(url, str) else "unknown"
-        return _art_failed(
-            value, NOT_LOCAL_ID, not_local_text(None if kind == "local" else kind, url)
-        )
-    flow, sha = named.groups()
-    for root in data_roots:
-        file = _open_below(root, (flow, sha))
-        if file is None:
-            continue
-        with file:
-            try:
-                content = _gunzip(file, limit)
-            except _OverLimit as error:
-                return _art_too_large(value, record, error.size)
-            except ValueError as error:
-                return _art_failed(value, UNREADABLE_ID, "%s: %s" % (_artifact_path(record), error))
-        if hashlib.sha1(content).hexdigest() != sha:
-            return _art_failed(
-                value, UNREADABLE_ID, "%s: the included file has changed" % _artifact_path(record)
-            )
-        value.size = len(content)
-        value.value = content
-        if descriptor.get("is_text", True):
-            value.value = content.decode(_text_coding(descriptor.get("encoding")), "replace")
-        value.text = plain_text(value.value)
-        return value
-    return _art_failed(value, NOT_LOCAL_ID, not_local_text(None, url))
-
-
-def _text_coding(name: Any) -> str:
-    try:
-        if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,20}", name):
-            coding = codecs.lookup(name).name
-            if coding not in ("idna", "punycode"):  # quadratic
-                b"a".decode(coding, "replace")  # what is no text encoding says so
-                return coding
-    except (LookupError, ValueError):
-        pass
-    return "utf-8"
-
-
-def artifact_content(
-    metaflow_dir: str,
-    record: Mapping[str, Any],
-    *,
-    limit: int = ARTIFACT_BYTES,
-    data_roots: Sequence[str] = (),
-) -> Dict[str, Any]:
-    """What `postprocess=true` adds to an artifact's row: {"content": str} or {"postprocess_error": {id,
-    detail, traceback}}.
-
-    `content` is always a string: the UI crashes on objects and lists (ui: task page).
-    """
-    value = read_artifact(metaflow_dir, record, limit=limit, data_roots=data_roots)
-    return {"postprocess_error": value.error} if value.error else {"content": value.text}
-
-
-def artifact_contents(
-    metaflow_dir: str, records: Sequence[Mapping[str, Any]], *, data_roots: Sequence[str] = ()
-) -> List[Dict[str, Any]]:
-    """`artifact_content` of many, in their order, ARTIFACT_PAGE_BYTES in all: what comes after that must be <
-    4 KiB.
-    """
-    left = ARTIFACT_PAGE_BYTES
-    contents = []
-    for record in records:
-        content = artifact_content(
-            metaflow_dir, record, limit=max(4096, min(ARTIFACT_BYTES, left)), data_roots=data_roots
-        )
-        left -= len(content.get("content", ""))
-        contents.append(content)
-    return contents
-
-
-def _attempt_of(record: Mapping[str, Any]) -> int:
-    try:
-        return int(record.get("attempt_id") or 0)
-    except (TypeError, ValueError):
-        return 0
-
-
-def run_parameters(
-    metaflow_dir: str, records: Iterable[Mapping[str, Any]], *, data_roots: Sequence[str] = ()
-) -> Dict[str, Dict[str, Any]]:
-    """{name: {"value": JSON value}}, by name, from the artifact records of the `_parameters` task (any
-    attempts).
-
-    All its artifacts count but `_…`, `name` and `script_name` (ui backend: get_parameters_action); class
-    constants of the flow do as well. What cannot be read has the reason as its value, and never null: the UI
-    crashes on a null entry.
-    """
-    newest: Dict[str, Mapping[str, Any]] = {}
-    for record in records:
-        name = record.get("name")
-        if not isinstance(name, str) or name.startswith("_") or name in ("name", "script_name"):
-            continue
-        if name not in newest or _attempt_of(record) >= _attempt_of(newest[name]):
-            newest[name] = record
-    parameters = {}
-    for name in sorted(newest):
-        value = read_artifact(
-            metaflow_dir, newest[name], limit=PARAMETER_BYTES, data_roots=data_roots
-        )
-        shown: Any = value.error["detail"] if value.error else value.text
-        if value.error and value.error["id"] == TOO_LARGE_ID:
-            shown = "Artifact too large: %s bytes" % ("more" if value.size is None else value.size)
-        elif not value.error and not isinstance(value.value, (PickledObject, bytes)):
-            try:
-                shown = _JsonMaker().make(value.value)
-            except _OverLimit:
-                shown = "Artifact too large: %s bytes" % value.size
-        parameters[name] = {"value": shown}
-    return parameters
+                pairs = value.items()
+                return {k if type(k) is str else str(k): self.make(v, depth + 1) for k, v in pairs}
+            return [self.make(item, depth + 1) for item in value]
+        return str(value)
 
 
 # The graph of a flow.
@@ -5591,35 +4591,6 @@ _GRAPH_KEYS = frozenset(
     ("file", "start_step", "end_step", "parameters", "constants", "steps", "doc")
 )
 _GRAPH_KEYS |= {"graph_structure", "decorators", "extensions"}
-
-
-def run_dag(
-    metaflow_dir: str, records: Iterable[Mapping[str, Any]], steps: Sequence[Tuple[str, int]] = ()
-) -> Optional[Dict[str, Any]]:
-    """The graph of a run's flow from its `_graph_info` artifact, with the real service's keys, none null.
-
-    `records`: artifact records of the run in which `_graph_info` may be; Metaflow saves it with `_parameters`
-    when the run starts and hands it on to every task (metaflow/task.py). Without one, the graph is drawn from
-    `steps`: (name, depth of foreach nesting) of those that exist, in the order they started. None when there
-    is nothing to draw yet. Raises Problem(501, id=datastore-not-local).
-    """
-    found = [record for record in records if record.get("name") == "_graph_info"]
-    found.sort(
-        key=lambda record: (record.get("step_name") == "_parameters", _attempt_of(record)),
-        reverse=True,
-    )
-    value = read_artifact(metaflow_dir, found[0], limit=GRAPH_BYTES) if found else None
-    if value is not None and isinstance(value.value, dict):
-        try:
-            graph = _whole_graph(_JsonMaker().make(value.value))
-        except _OverLimit:
-            graph = None
-        if graph is not None:
-            return graph
-    if value is not None and value.error and value.error["id"] == NOT_LOCAL_ID:
-        raise Problem(501, value.error["detail"], id=NOT_LOCAL_ID)
-    shown = [(name, max(0, depth)) for name, depth in steps if not name.startswith("_")]
-    return _graph_of_steps(shown) if shown else None
 
 
 def _graph_decorators(value: Any) -> List[Dict[str, Any]]:
@@ -5739,585 +4710,6 @@ def _graph_of_steps(shown: Sequence[Tuple[str, int]]) -> Dict[str, Any]:
     return graph
 
 
-# Logs. A task's lines are in <root>/<Flow>/<run>/<step>/<task>/<attempt>.<source>_<stream>.log with the
-# sources runtime (what the scheduler read from the task; all there is in local mode) and task; each line
-# starts with [MFLOG|0|<UTC time>Z|<source>|<id>] (metaflow/mflog/mflog.py). Before Metaflow 2.2 it was
-# <attempt>.<stream>.log, plain.
-#
-# Order: by time, runtime before task at the same time, as mflog.merge_logs. It differs where that sorts by a
-# line's random id or by its text: lines of equal time stay as written, and a line without a header stays
-# behind the line before it, with no timestamp. Lines end at \n only, as in merge_logs: \r and the like are
-# part of the line.
-
-LOG_STREAMS = ("stdout", "stderr")
-_LOG_SOURCES = ("runtime", "task")
-_LOG_USUAL = re.compile(
-    rb"\[MFLOG\|0\|([0-9-]{10}T[0-9:]{8})\.([0-9]{6})Z\|[^|\]\n]{1,40}\|[^|\]\n]{1,80}\]"
-)
-_LOG_HEAD = re.compile(rb"(?:\[!)?\[MFLOG\|0\|(.+?)Z\|.+?\|.+?\]")
-_LOG_BLOCK = 1024 * 1024
-
-
-class LogPage(NamedTuple):
-    """rows: [{"row": from 0, "timestamp": ms or None, "line": text}]; pages: how many there are, at least 1;
-    total: lines.
-    """
-
-    rows: List[Dict[str, Any]]
-    pages: int
-    total: int
-
-
-def _log_time(text: bytes) -> Optional[int]:
-    """Microseconds since the epoch of "2026-11-21T22:34:49.336837" (UTC)."""
-    try:
-        moment = datetime.datetime.fromisoformat(text.decode("ascii"))
-        return (moment - datetime.datetime(1970, 1, 1)) // datetime.timedelta(microseconds=1)
-    except (ValueError, TypeError):
-        return None
-
-
-@lru_cache(maxsize=64)
-def _log_second(text: bytes) -> Optional[int]:
-    """The same for whole seconds; neighbouring lines share them."""
-    return _log_time(text)
-
-
-def _log_head(line: bytes) -> Tuple[Optional[int], int]:
-    """(time in microseconds, where the message starts) of a line; (None, 0) when it has no header."""
-    found = _LOG_USUAL.match(line)
-    if found is not None and found.end() <= LOG_HEADER:
-        second = _log_second(found.group(1))
-        if second is not None:
-            return second + int(found.group(2)), found.end()
-    found = _LOG_HEAD.match(line[:LOG_HEADER])
-    when = _log_time(found.group(1)) if found else None
-    return (None, 0) if found is None or when is None else (when, found.end())
-
-
-def _is_torn(head: bytes) -> bool:
-    """Whether a last line without \\n is only the beginning of a header."""
-    for mark in (b"[MFLOG|", b"[![MFLOG|"):
-        if head.startswith(mark) or mark.startswith(head):
-            return len(head) < LOG_HEADER and _log_head(head)[1] == 0
-    return False
-
-
-class _LogFile:
-    """Where the lines of one log file start, and their times; grows with the file.
-
-    Metaflow replaces the file by a longer one while a task runs; as long as what was there before is still
-    there (told by its first and last bytes), only the new part is read.
-    """
-
-    __slots__ = (
-        "name",
-        "starts",
-        "times",
-        "end",
-        "first",
-        "last",
-        "full",
-        "ordered",
-        "mark",
-        "version",
-        "partial",
-    )
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.version = 0
-        self.mark: Tuple[int, ...] = ()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the index of the lines."""
-
-        self.starts = array.array("Q")
-        self.times = array.array(
-            "q"
-        )  # microseconds; of a line without a header: that of the line before
-        self.end = 0  # where the next line starts
-        self.first = self.last = b""
-        self.full = False  # more lines than are kept
-        self.ordered = True
-        self.partial = False  # a last line without \n is shown
-        self.version += 1
-
-    def update(self, file: Optional[IO[bytes]]) -> None:
-        """Index what was written since the last time; None = there is no such file."""
-        if file is None:
-            if self.mark:
-                self.mark = ()
-                self.clear()
-            return
-        now = os.fstat(file.fileno())
-        mark = (now.st_ino, now.st_mtime_ns, now.st_size)
-        if mark == self.mark:
-            return
-        if not self._grew(file, now.st_size):
-            self.clear()
-        if self.partial:
-            self._drop_partial()
-        self.mark = mark
-        self._scan(file)
-        self.version += 1
-
-    def _grew(self, file: IO[bytes], size: int) -> bool:
-        if size < self.end:
-            return False
-        file.seek(0)
-        same = file.read(len(self.first)) == self.first
-        file.seek(self.end - len(self.last))
-        return same and file.read(len(self.last)) == self.last
-
-    def _drop_partial(self) -> None:
-        self.starts.pop()
-        self.times.pop()
-        self.partial = False
-
-    def _add(self, start: int, head: bytes) -> None:
-        when = _log_head(head)[0]
-        before = self.times[-1] if self.times else 0
-        if when is None:
-            when = before
-        elif when < before:
-            self.ordered = False
-        self.starts.append(start)
-        self.times.append(when)
-
-    def _scan(self, file: IO[bytes]) -> None:
-        file.seek(self.end)
-        head, position = b"", self.end
-        while not self.full:
-            block = file.read(_LOG_BLOCK)
-            if not block:
-                break
-            if position >= LOG_INDEX_BYTES:
-                self.full = True
-                break
-            at = 0
-            while True:
-                stop = block.find(b"\n", at)
-                if stop < 0:
-                    head += (
-                        block[at : at + LOG_HEADER - len(head)] if len(head) < LOG_HEADER else b""
-                    )
-                    break
-                self._add(self.end, head + block[at : min(stop, at + LOG_HEADER)])
-                at, head = stop + 1, b""
-                self.end = position + at
-                if len(self.starts) >= LOG_INDEX_LINES:
-                    self.full = True
-                    break
-            position += len(block)
-        if head and not self.full and not _is_torn(head):
-            self._add(self.end, head)  # the last line has no \n yet
-            self.partial = True
-        file.seek(0)
-        self.first = file.read(min(64, self.end))
-        file.seek(max(0, self.end - 64))
-        self.last = file.read(min(64, self.end))
-
-    def timed(self, offset: int) -> Iterator[Tuple[int, int]]:
-        """(time, offset + line) of all lines, by time; lines of one time as they are written."""
-        times = self.times
-        lines: Sequence[int] = range(len(times))
-        if not self.ordered:
-            lines = sorted(lines, key=times.__getitem__)
-        return ((times[line], offset + line) for line in lines)
-
-    def span(self, index: int) -> Tuple[int, int]:
-        """(start, end) of a line in the file, without its \\n."""
-        if self.partial and index == len(self.starts) - 1:
-            return self.starts[index], self.mark[2]
-        following = self.starts[index + 1] if index + 1 < len(self.starts) else self.end
-        return self.starts[index], following - 1
-
-
-class _TaskLog:
-    """The lines of one stream of one attempt, of all its files, in order."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.lock = threading.Lock()
-        self.files = [_LogFile(name) for name in names]
-        self.order: Optional[array.array[int]] = (
-            None  # file * 2**48 + line, when it is not that of one file
-        )
-        self.only = 0
-        self.versions: List[int] = []
-
-    def update(self, opened: Sequence[Optional[IO[bytes]]]) -> None:
-        """Index what was written to its files, and merge them by time."""
-
-        for file, handle in zip(self.files, opened):
-            file.update(handle)
-        versions = [file.version for file in self.files]
-        if versions == self.versions:
-            return
-        self.versions = versions
-        filled = [index for index, file in enumerate(self.files) if len(file.starts)]
-        self.only = filled[0] if filled else 0
-        self.order = None
-        if len(filled) > 1 or not self.files[self.only].ordered:
-            streams = [self.files[index].timed(index << 48) for index in filled]
-            self.order = array.array("Q", (packed for _, packed in heapq.merge(*streams)))
-
-    @property
-    def total(self) -> int:
-        """Rows, with the one that says that lines were left out."""
-        return sum(len(file.starts) for file in self.files) + (1 if self.cut else 0)
-
-    @property
-    def cut(self) -> bool:
-        """Whether lines were left out."""
-        return any(file.full for file in self.files)
-
-    def place(self, row: int) -> Tuple[int, int]:
-        """(file, line in it) of a row."""
-        if self.order is None:
-            return self.only, row
-        packed = self.order[row]
-        return packed >> 48, packed & ((1 << 48) - 1)
-
-
-_logs_lock = threading.Lock()
-_logs: Dict[Tuple[str, ...], _TaskLog] = {}
-
-
-def _task_log(key: Tuple[str, ...], names: Sequence[str]) -> _TaskLog:
-    with _logs_lock:
-        log = _logs.pop(key, None) or _TaskLog(names)
-        _logs[key] = log
-        lines = 0
-        for other in reversed(list(_logs)):
-            lines += sum(len(file.starts) for file in _logs[other].files)
-            if other != key and (lines > LOG_CACHE_LINES or len(_logs) > LOG_CACHE_ENTRIES):
-                del _logs[other]
-        return log
-
-
-class _OpenLog:
-    """A task's log, up to date, with its files open; close it."""
-
-    def __init__(self, metaflow_dir: str, task: Sequence[str], attempt: int, stream: str) -> None:
-        if stream not in LOG_STREAMS:
-            raise ValueError(stream)
-        names = ["%d.%s_%s.log" % (attempt, source, stream) for source in _LOG_SOURCES] + [
-            "%d.%s.log" % (attempt, stream)
-        ]
-        self.log = _task_log((metaflow_dir, *task, str(attempt), stream), names)
-        self.opened = [_open_below(metaflow_dir, (*task, name)) for name in names]
-        if any(self.opened[:2]) and self.opened[2]:
-            self.opened[2].close()
-            self.opened[2] = None
-        self.found = any(self.opened)
-
-    def close(self) -> None:
-        """Close the files."""
-        for handle in self.opened:
-            if handle:
-                handle.close()
-
-    def head(self, row: int) -> Tuple[Optional[int], IO[bytes], int, int]:
-        """(time in microseconds, file, start and end of the message in it) of a row."""
-        index, line = self.log.place(row)
-        handle = self.opened[index]
-        assert handle is not None
-        start, end = self.log.files[index].span(line)
-        handle.seek(start)
-        when, skip = _log_head(handle.read(min(LOG_HEADER, end - start)))
-        return when, handle, start + skip, end
-
-
-def _log_task(
-    metaflow_dir: str, task: Sequence[str], attempt: int, stream: str, ds_type: Any, ds_root: Any
-) -> _OpenLog:
-    log = _OpenLog(metaflow_dir, task, attempt, stream)
-    if not log.found and not is_here(metaflow_dir, ds_type, ds_root):
-        raise not_local_problem(ds_type, ds_root)
-    return log
-
-
-def log_rows(
-    metaflow_dir: str,
-    task: Sequence[str],
-    attempt: int,
-    stream: str,
-    *,
-    limit: int = 1000,
-    page: int = 1,
-    reverse: bool = False,
-    ds_type: Any = None,
-    ds_root: Any = None,
-) -> LogPage:
-    """A page of a task's log. `task` = (flow, run, step, task id), `stream` "stdout" or "stderr", `limit` 0 =
-    all.
-
-    Rows count from 0 over the whole log. Pages are cut from the front; `reverse` counts them from the back,
-    so that its page 1 is the short remainder, and turns their rows round (ui backend: get_log_file_action). A
-    page that is not there has no rows. A task that has written nothing has no rows on one page. Raises
-    Problem(501, id=datastore-not-local) when there are no files and `ds_type`/`ds_root` (the task's metadata
-    `ds-type`, `ds-root`) name another place.
-    """
-    log = _log_task(metaflow_dir, task, attempt, stream, ds_type, ds_root)
-    try:
-        with log.log.lock:
-            log.log.update(log.opened)
-            total = log.log.total
-            limit = LOG_PAGE_ROWS if limit <= 0 else min(limit, LOG_PAGE_ROWS)
-            pages = max(-(-total // limit), 1)
-            if not 1 <= page <= pages:
-                return LogPage([], pages, total)
-            first = limit * (pages - page) if reverse else limit * (page - 1)
-            left = LOG_PAGE_BYTES
-            rows = []
-            for row in range(first, min(first + limit, total)):
-                text, when = _log_line(log, row, min(LOG_LINE_BYTES, max(left, 200)))
-                left -= len(text)
-                rows.append(
-                    {"row": row, "timestamp": None if when is None else when // 1000, "line": text}
-                )
-    finally:
-        log.close()
-    return LogPage(rows[::-1] if reverse else rows, pages, total)
-
-
-def _log_line(log: _OpenLog, row: int, limit: int) -> Tuple[str, Optional[int]]:
-    if log.log.cut and row == log.log.total - 1:
-        return "... more lines than can be shown here: download the log to see them", None
-    when, handle, start, end = log.head(row)
-    handle.seek(start)
-    text = handle.read(min(end - start, limit)).decode("utf-8", "replace")
-    if end - start > limit:
-        text += " ... [%d more bytes: download the log to see them]" % (end - start - limit)
-    return text, when
-
-
-def log_file_name(task: Sequence[str], attempt: int, stream: str) -> str:
-    """The name under which a log is downloaded: stdout_Flow_run_step_task-attempt.txt."""
-    return "%s_%s-%d.txt" % (
-        stream,
-        "_".join(re.sub(r"[^\w.:-]", "_", part, flags=re.A) for part in task),
-        attempt,
-    )
-
-
-def log_text(
-    metaflow_dir: str,
-    task: Sequence[str],
-    attempt: int,
-    stream: str,
-    *,
-    ds_type: Any = None,
-    ds_root: Any = None,
-) -> Iterator[bytes]:
-    """The whole log in pieces of at most about 128 KiB, lines as they were printed, no newline after the last
-    one.
-
-    Opens the files at once (and raises as `log_rows` does); reads as it is iterated. Close it, or iterate to
-    the end.
-    """
-    log = _log_task(metaflow_dir, task, attempt, stream, ds_type, ds_root)
-    try:
-        with log.log.lock:
-            log.log.update(log.opened)
-            log.log = _frozen_log(log.log)
-    except BaseException:
-        log.close()
-        raise
-    return _log_pieces(log)
-
-
-def _frozen_log(log: _TaskLog) -> _TaskLog:
-    """A copy that the next reader's update does not change; call it with the lock held."""
-    copy = _TaskLog([])
-    for file in log.files:
-        kept = _LogFile(file.name)
-        for name in _LogFile.__slots__:
-            setattr(kept, name, getattr(file, name))
-        kept.starts = file.starts[:]
-        copy.files.append(kept)
-    copy.order, copy.only = log.order, log.only
-    return copy
-
-
-def _log_pieces(log: _OpenLog) -> Iterator[bytes]:
-    piece: List[bytes] = []
-    size = 0
-    try:
-        for data in _log_messages(log):
-            piece.append(data)
-            size += len(data)
-            if size >= 65536:
-                yield b"".join(piece)
-                piece, size = [], 0
-        if piece:
-            yield b"".join(piece)
-    finally:
-        log.close()
-
-
-def _log_messages(log: _OpenLog) -> Iterator[bytes]:
-    """The messages with a newline between them, in pieces of at most 64 KiB."""
-    rows = log.log.total - (1 if log.log.cut else 0)
-    for row in range(rows):
-        if row:
-            yield b"\n"
-        _, handle, start, end = log.head(row)
-        handle.seek(start)
-        while start < end:
-            data = handle.read(min(end - start, 65536))
-            if not data:
-                break
-            start += len(data)
-            yield data
-    for file, opened in zip(log.log.files, log.opened):
-        if file.full and opened is not None:  # lines beyond the index, file by file
-            opened.seek(file.end)
-            begins = True
-            while True:
-                line = opened.readline(65536)
-                if not line:
-                    break
-                text = line[_log_head(line)[1] if begins else 0 :]
-                yield (b"\n" if begins and rows else b"") + (
-                    text[:-1] if text.endswith(b"\n") else text
-                )
-                begins, rows = line.endswith(b"\n"), 1
-
-
-# Cards. <card root>/<Flow>/runs/<run>/steps/<step>/tasks/<task>/cards/<type>[-<id>]-<hash>.html, and the data
-# of cards that are refreshed while the task runs in .../runtime/<type>[-<id>]-<hash>.data.json
-# (metaflow/plugins/cards/card_datastore.py, the same from 2.12.0 to 2.19; cards of before June 2022 have no
-# steps/<step>). The card root is <.metaflow>/mf.cards, found from the directory in which the flow was
-# started, or METAFLOW_CARD_LOCALROOT; it does not follow the datastore's root.
-
-
-class _Card(NamedTuple):
-    type: str
-    id: Optional[str]
-    hash: str
-    root: str
-    parts: Tuple[str, ...]
-
-
-_CARD_NAME = re.compile(
-    r"([^-/\\]{1,128})-(?:([^-/\\]{1,128})-)?([0-9A-Za-z]{1,64})\.(html|data\.json)"
-)
-
-
-def _card_places(task: Sequence[str], kind: str) -> List[Tuple[str, ...]]:
-    flow, run, step, task_id = task
-    return [
-        (flow, "runs", run, "steps", step, "tasks", task_id, kind),
-        (flow, "runs", run, "tasks", task_id, kind),
-    ]
-
-
-def _find_cards(
-    metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str], kind: str
-) -> Iterator[_Card]:
-    """The files of one kind ("cards" or "runtime") of a task, first those in the place that Metaflow writes
-    to.
-    """
-    for root in [os.path.join(metaflow_dir, "mf.cards"), *card_roots]:
-        for place in _card_places(task, kind):
-            # The root itself may be a symlink only when it is given as a root: what is in .metaflow stays in
-            # .metaflow.
-            above, below = (
-                (metaflow_dir, ("mf.cards", *place))
-                if root == os.path.join(metaflow_dir, "mf.cards")
-                else (root, place)
-            )
-            found = False
-            for name in _list_below(above, below):
-                match = _CARD_NAME.fullmatch(name)
-                if match and (match.group(4) == "html") == (kind == "cards"):
-                    found = True
-                    yield _Card(
-                        match.group(1), match.group(2), match.group(3), above, (*below, name)
-                    )
-            if found:
-                break
-
-
-def list_cards(
-    metaflow_dir: str, task: Sequence[str], card_roots: Sequence[str] = ()
-) -> List[Dict[str, Any]]:
-    """[{"id": text or None, "hash", "type"}] of a task's cards, those without an id first, then by type and
-    id.
-
-    `task` = (flow, run, step, task id). `card_roots`: more `mf.cards` directories to look into. A card of
-    which nothing is written yet is left out (the UI asks again).
-    """
-    cards: Dict[str, Tuple[Any, ...]] = {}
-    for card in _find_cards(metaflow_dir, task, card_roots, "cards"):
-        if card.hash in cards or len(cards) >= CARD_LIMIT:
-            continue
-        file = _open_below(card.root, card.parts)
-        if file is None:
-            continue
-        with file:
-            if os.fstat(file.fileno()).st_size:
-                cards[card.hash] = (card.id is not None, card.type, card.id or "", card.hash)
-    return [
-        {"id": id if named else None, "hash": hash, "type": type}
-        for named, type, id, hash in sorted(cards.values())
-    ]
-
-
-def _read_card(
-    metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Sequence[str], kind: str
-) -> Optional[Tuple[_Card, bytes]]:
-    for card in _find_cards(metaflow_dir, task, card_roots, kind):
-        if card.hash == hash:
-            try:
-                data = _read_below(card.root, card.parts, CARD_BYTES)
-            except _OverLimit as error:
-                raise Problem(
-                    422,
-                    "The card is too large to show: %s bytes." % error.size,
-                    id="card-too-large",
-                ) from None
-            if data is not None:
-                return card, data
-    return None
-
-
-def card_html(
-    metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Sequence[str] = ()
-) -> Optional[bytes]:
-    """The HTML of a card, None when there is none (yet). Raises Problem(422, id=card-too-large)."""
-    found = _read_card(metaflow_dir, task, hash, card_roots, "cards")
-    return found[1] if found and found[1] else None
-
-
-def _card_number(text: str) -> Optional[float]:
-    value = float(text)
-    return value if math.isfinite(value) else None
-
-
-def card_data(
-    metaflow_dir: str, task: Sequence[str], hash: str, card_roots: Sequence[str] = ()
-) -> Optional[Dict[str, Any]]:
-    """{"data": {"reload_token", "created_on", "data"}, "id", "type"} of a card, None when it has none (yet).
-
-    `data` is None while the file is half written: the UI then asks again (ui: card refresh).
-    """
-    found = _read_card(metaflow_dir, task, hash, card_roots, "runtime")
-    if found is None:
-        return None
-    card, raw = found
-    data: Any = None
-    try:
-        # NaN, Infinity and 1e999 are no JSON for a browser
-        data = json.loads(raw, parse_constant=lambda name: None, parse_float=_card_number)
-    except (ValueError, RecursionError):
-        pass
-    return {"data": data if isinstance(data, dict) else None, "id": card.id, "type": card.type}
-
-
 # Search and foreach.
 
 
@@ -6331,41 +4723,16 @@ def parse_search(text: str) -> Tuple[str, bool]:
 
 
 def _search_row(record: Mapping[str, Any]) -> Dict[str, Any]:
-    """What a match says about its task; ids are strings, the UI compares them as such (ui: search)."""
-    return {
-        "flow_id": _art_field(record, "flow_id"),
-        "run_number": _art_field(record, "run_id") or _art_field(record, "run_number"),
-        "step_name": _art_field(record, "step_name"),
-        "task_id": _art_field(record, "task_name") or _art_field(record, "task_id"),
-    }
+    """What a match says about its task; ids are strings, the UI compares them as such."""
+    flow, run, step, task = artifact_item(record)["task"]
+    return {"flow_id": flow, "run_number": run, "step_name": step, "task_id": task}
 
 
-def search_artifact(
-    metaflow_dir: str,
-    record: Mapping[str, Any],
-    value: Optional[str] = None,
-    *,
-    data_roots: Sequence[str] = (),
-) -> Optional[Dict[str, Any]]:
-    """The match of an artifact (already chosen by its name) with a search value, None when it does not match.
-
-    Without a value every artifact matches. Compared in lower case with str(value), as `parse_search` says.
-    One that cannot be read is a match with "searchable": False and "error": {id, detail, traceback} (api
-    4.5).
-    """
-    row = _search_row(record)
-    if value is None:
-        return {**row, "searchable": True}
-    read = read_artifact(metaflow_dir, record, data_roots=data_roots)
-    if read.error:
-        return {**row, "searchable": False, "error": read.error}
+def search_fits(value: str, text: str) -> bool:
+    """Whether a text is what a search looks for; case does not count."""
     wanted, whole = parse_search(value)
-    text, wanted = read.text.lower(), wanted.lower()
-    return (
-        {**row, "searchable": True, "error": None}
-        if (text == wanted if whole else wanted in text)
-        else None
-    )
+    text, wanted = text.lower(), wanted.lower()
+    return text == wanted if whole else wanted in text
 
 
 def foreach_frames(value: Any) -> List[str]:
@@ -6434,40 +4801,716 @@ def foreach_depth(execution_path: Any = None, stack: Any = None) -> int:
     return len(foreach_frames(stack))
 
 
-# The reader: all that other sections ask of the datastore, of logs, cards and client-sent patterns.
+class Confinement:
+    """Takes from a worker what it no longer needs, so that hostile bytes can cost no more than this process."""
+
+    def __call__(self, memory: Optional[int] = None, seconds: int = WORKER_CPU) -> None:
+        import resource
+
+        os.nice(0 if memory is None else 10)  # logs come first
+        if memory is not None and os.path.exists(
+            "/proc/self/statm"
+        ):  # elsewhere it is not enforced
+            with open("/proc/self/statm") as file:
+                used = int(file.read().split()[0]) * resource.getpagesize()
+            self._limit(resource.RLIMIT_AS, used + memory)
+        self.seconds = seconds
+        self.renew()
+        for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NOFILE):
+            self._limit(kind, 0)
+
+    def _limit(self, kind: int, limit: int) -> None:
+        import resource
+
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
+
+    def renew(self) -> None:
+        """Gives the next item its own share of CPU time."""
+        import resource
+
+        self._limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + self.seconds)
+
+
+# Jobs: what a worker does with one request. Each opens its files, calls `confine`, and answers item by item.
+# Layout of the local datastore (metaflow/datastore: content_addressed_store, task_datastore; the same from
+# 2.12.0 to 2.19): <root>/<Flow>/data/<sha[:2]>/<sha> is gzip, or raw bytes when <sha>_meta says "cas_raw".
 
 if TYPE_CHECKING:
-    _Got = TypeVar("_Got")
+    _Answer = Callable[..., None]  # (head, body=b"")
+
+_SHA = re.compile(r"[0-9a-f]{6,128}")
+_PICKLES = frozenset(["pickle-v2", "pickle-v4", "gzip+pickle-v2", "gzip+pickle-v4", "", None])
 
 
-@lru_cache(maxsize=2)
-def _pool(name: str, threads: int) -> ThreadPoolExecutor:
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(threads, thread_name_prefix=name)
+def _failure(id: str, detail: str) -> Dict[str, Any]:
+    return {"error": {"id": id, "detail": detail, "traceback": None}}
 
 
-async def in_thread(
-    function: Callable[..., _Got], *args: Any, pool: str = "reader", **kwargs: Any
-) -> _Got:
-    """Calls a blocking function of this section in one of READER_THREADS threads; in pool "search" there is one.
+def _item_too_large(item: Mapping[str, Any], size: Optional[int]) -> Dict[str, Any]:
+    known = "too large to show" if size is None else "%d bytes" % size
+    return {**_failure(TOO_LARGE_ID, "%s: %s" % (item["path"], known)), "size": size}
 
-    Searches take long, and logs, cards and parameters must not wait for them.
+
+def _unreadable(item: Mapping[str, Any], why: str) -> Dict[str, Any]:
+    return _failure(UNREADABLE_ID, "%s: %s" % (item["path"], why))
+
+
+def _packed_file(file: IO[bytes], limit: int, packed: bool) -> bytes:
+    """The bytes of a file that may unpack to `limit` bytes. Raises _OverLimit, OSError."""
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit + (limit // 1000 + 1024 if packed else 0):  # padding, or what gzip adds
+            raise _OverLimit(None if packed else size)
+        return file.read(size)
+
+
+def _open_item(root: str, roots: Sequence[str], item: Mapping[str, Any], limit: int) -> Any:
+    """(packed, bytes) of what an item names, or the head of an answer that says why there are none."""
+    include, flow, sha = item.get("include"), item["flow"], item["sha"]
+    file, packed = None, True
+    if item["ds_type"] not in (None, "", "local"):
+        return _failure(NOT_LOCAL_ID, not_local_text(item["ds_type"], item["ds_root"]))
+    try:
+        if include:
+            for place in roots:
+                file = file or _open_below(place, (include["flow"], include["sha"]))
+            if file is None:
+                return _failure(NOT_LOCAL_ID, not_local_text(None, include["url"]))
+        elif _SHA.fullmatch(sha):
+            file = _open_below(root, (flow, "data", sha[:2], sha))
+            about = _open_below(root, (flow, "data", sha[:2], sha + "_meta"))
+            if about is not None:
+                with about:
+                    meta = json.loads(about.read(4096))
+                packed = not meta.get("cas_raw", False)
+                if packed and meta.get("cas_version", 1) != 1:
+                    return _unreadable(item, "its encoding version is not known")
+        if file is None:
+            elsewhere = not is_here(root, item["ds_type"], item["ds_root"])
+            if elsewhere:
+                return _failure(NOT_LOCAL_ID, not_local_text(item["ds_type"], item["ds_root"]))
+            return _failure(NOT_FOUND_ID, "%s: its data is not in the datastore" % item["path"])
+        return packed, _packed_file(file, limit, packed)
+    except _OverLimit as error:
+        return _item_too_large(item, error.size)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return _unreadable(item, str(error) or type(error).__name__)
+
+
+def _unpacked(data: bytes, limit: int) -> bytes:
+    """Unpacks at most `limit` bytes. Raises _OverLimit, ValueError."""
+    import gzip
+
+    try:
+        plain = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
+    except (OSError, EOFError, zlib.error):
+        raise ValueError("the file is damaged") from None
+    if len(plain) > limit:
+        size = int.from_bytes(data[-4:], "little")  # what gzip claims: exact below 4 GiB
+        raise _OverLimit(size if size > limit else None)
+    return plain
+
+
+_INCLUDED = re.compile(r"local://.*/([^/]+)/([0-9a-f]{40})", re.S)
+
+
+def _include_of(value: Any) -> Optional[Dict[str, Any]]:
+    """What an IncludedFile of Metaflow names (metaflow/includefile.py), None for any other value.
+
+    Its url is not followed: the file is called by the sha1 of its content, which must be right, so that no
+    pickle can name another file.
     """
-    import asyncio
+    if not (isinstance(value, Foreign) and type(value).path == "metaflow.includefile.IncludedFile"):
+        return None
+    state = value.state if isinstance(value.state, dict) else {}
+    about = state.get("_descriptor")
+    about = about if isinstance(about, dict) else {}
+    url, size = about.get("url"), about.get("size")
+    found = _INCLUDED.fullmatch(url) if isinstance(url, str) else None
+    known = about.get("type") in ("uploader-v1", "uploader-v2")
+    return {
+        "url": url if isinstance(url, str) else "unknown://",
+        "flow": found.group(1) if found and known else "",
+        "sha": found.group(2) if found and known else "",
+        "size": size if type(size) is int else None,
+        "coding": str(about.get("encoding") or "utf-8")[:20]
+        if about.get("is_text", True)
+        else None,
+    }
 
-    call = functools.partial(function, *args, **kwargs)
-    threads = _pool(pool, 1 if pool == "search" else READER_THREADS)
-    return await asyncio.get_running_loop().run_in_executor(threads, call)
+
+def _text_coding(name: Optional[str]) -> str:
+    """A text encoding that Python knows; its tables must be loaded before files are out of reach."""
+    import codecs
+
+    try:
+        if name is not None and re.fullmatch(r"[A-Za-z0-9_-]{1,20}", name):
+            coding = codecs.lookup(name).name
+            if coding not in ("idna", "punycode"):  # quadratic
+                b"a".decode(coding, "replace")  # what is no text encoding says so
+                return coding
+    except (LookupError, ValueError):
+        pass
+    return "utf-8"
+
+
+def _value_of(item: Mapping[str, Any], opened: Any, limit: int, zones: Any) -> Tuple[Any, int]:
+    """(value, size). Raises whatever a broken pickle raises."""
+    packed, data = opened
+    data = _unpacked(data, limit) if packed else data
+    include = item.get("include")
+    if include:
+        import hashlib
+
+        if hashlib.sha1(data, usedforsecurity=False).hexdigest() != include["sha"]:
+            raise ValueError("the included file has changed")
+        coding = include["coding"]
+        return (data if coding is None else data.decode(coding, "replace")), len(data)
+    if item["content_type"] not in _PICKLES:  # written by a serializer of an extension
+        text = "<%s, %d bytes>" % (item["content_type"], len(data))
+        return Shown(text, text), len(data)
+    return load_pickle(data, zones), len(data)
+
+
+def _answer_item(
+    answer: _Answer, item: Mapping[str, Any], opened: Any, want: str, limit: int, **more: Any
+) -> int:
+    """Answers one artifact; returns the characters that it took."""
+    size, text, body = None, "", b""
+    try:
+        value, size = _value_of(item, opened, limit, more["zones"])
+        include = _include_of(value)
+        if include:
+            if include["size"] is not None and include["size"] > limit:
+                head = _item_too_large(item, include["size"])
+            elif not include["sha"]:
+                kind = include["url"].partition("://")[0]
+                kind = None if kind == "local" else kind
+                head = _failure(NOT_LOCAL_ID, not_local_text(kind, include["url"]))
+            else:
+                head = {"include": include}
+        elif want == "graph":
+            graph = _whole_graph(_JsonMaker().make(value)) if isinstance(value, dict) else None
+            head, body = {}, json.dumps(graph).encode()
+        elif want == "json" and not isinstance(value, (Foreign, bytes)):
+            head, body = {}, json.dumps(_JsonMaker().make(value)).encode()
+        else:
+            text = _text_of(value, size)
+            if want == "match":
+                head = {"hit": search_fits(more["value"], text)}
+            else:
+                shown = json.dumps(text) if want == "json" else text
+                head, body = {}, shown.encode("utf-8", "surrogatepass")
+    except NeedsZones as needs:
+        head = {"zones": needs.names}
+    except (_OverLimit, MemoryError) as error:
+        head = _item_too_large(item, getattr(error, "size", None) or size)
+    except RecursionError:
+        head = _unreadable(item, "it is nested too deeply")
+    except Exception as error:
+        why = str(error)[:200] if isinstance(error, ValueError) else type(error).__name__
+        head = _unreadable(item, why or "a broken pickle")
+    answer(head, body)
+    return len(text) or len(body)
+
+
+def _artifacts_job(
+    answer: _Answer, confine: Confinement, *, root: str, roots: Sequence[str], items: Sequence[Any],
+    want: str, limit: int, left: int, zones: Sequence[str], value: str,
+) -> None:  # fmt: skip
+    """Values of artifacts: "text", "json", "graph", or whether they "match" a search; `left`: of all contents."""
+    opened: List[Any] = []
+    held = 0
+    for item in items:
+        opened.append(_open_item(root, roots, item, limit))
+        held += len(opened[-1][1]) if type(opened[-1]) is tuple else 0
+        if item.get("include") and item["include"]["coding"] is not None:
+            item["include"]["coding"] = _text_coding(item["include"]["coding"])
+        if held > READ_AHEAD:
+            break  # the rest is asked for again
+    known = _load_zones(zones)
+    confine(memory=WORKER_MEMORY)
+    for item, one in zip(items, opened):
+        if type(one) is dict:
+            answer(one)
+            continue
+        most = max(4096, min(limit, left))
+        confine.renew()
+        left -= _answer_item(answer, item, one, want, most, zones=known, value=value)
+
+
+def _load_zones(names: Sequence[str]) -> Dict[str, Any]:
+    """The time zones that exist among `names`; the others count as UTC."""
+    zones: Dict[str, Any] = {}
+    if names:
+        import zoneinfo
+
+        for name in names:
+            try:
+                zones[name] = zoneinfo.ZoneInfo(name)
+            except (OSError, ValueError, LookupError):
+                zones[name] = datetime.timezone.utc
+    return zones
+
+
+def _match_job(
+    answer: _Answer, confine: Confinement, *, pattern: str, texts: Sequence[str], anywhere: bool
+) -> None:
+    """Which texts match a client's regular expression: one byte each."""
+    import warnings
+
+    confine(memory=WORKER_MEMORY)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, ValueError, MemoryError) as error:
+        answer({"error": "invalid pattern: %s" % (error or type(error).__name__)})
+        return
+    test = compiled.search if anywhere else compiled.match
+    answer({}, bytes(test(text[:MAX_PATTERN_TEXT]) is not None for text in texts))
+
+
+def _card_number(text: str) -> Optional[float]:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _card_data_job(
+    answer: _Answer, confine: Confinement, *, root: str, parts: Sequence[str]
+) -> None:
+    """The data of a card as strict JSON: NaN, Infinity and 1e999 are null; null while it is half written."""
+    file = _open_below(root, parts)
+    if file is None or os.fstat(file.fileno()).st_size > CARD_BYTES:
+        answer({"large": file is not None})
+        return
+    raw = file.read(CARD_BYTES)
+    confine()
+    try:
+        data = json.loads(raw, parse_constant=lambda name: None, parse_float=_card_number)
+    except (ValueError, RecursionError):
+        data = None
+    answer({}, json.dumps(data if isinstance(data, dict) else None).encode())
+
+
+# Logs. A task's lines are in <root>/<Flow>/<run>/<step>/<task>/<attempt>.<source>_<stream>.log with the
+# sources runtime (what the scheduler read from the task; all there is in local mode) and task; each line
+# starts with [MFLOG|0|<UTC time>Z|<source>|<id>] (metaflow/mflog/mflog.py). Before Metaflow 2.2 it was
+# <attempt>.<stream>.log, plain.
+#
+# Order: by time, runtime before task at the same time, as mflog.merge_logs. It differs where that sorts by a
+# line's random id or by its text: lines of equal time stay as written, and a line without a header stays
+# behind the line before it, with no timestamp. Lines end at \n only: \r and the like are part of the line.
+
+_LOG_HEAD = re.compile(rb"(?:\[!)?\[MFLOG\|0\|([^|\]\n]{1,40})Z\|[^|\]\n]{1,80}\|[^\]\n]{1,200}\]")
+
+
+def _log_head(line: bytes) -> Tuple[Optional[int], int]:
+    """(milliseconds since the epoch, where the message starts) of a line; (None, 0) without a header."""
+    found = _LOG_HEAD.match(line)
+    if found is None:
+        return None, 0
+    try:
+        moment = datetime.datetime.fromisoformat(found.group(1).decode("ascii"))
+        since = moment - datetime.datetime(1970, 1, 1)
+        return since // datetime.timedelta(milliseconds=1), found.end()
+    except (ValueError, TypeError):
+        return None, 0
+
+
+def _is_torn(head: bytes) -> bool:
+    """Whether a last line without \\n is only the beginning of a header."""
+    for mark in (b"[MFLOG|", b"[![MFLOG|"):
+        if head.startswith(mark) or mark.startswith(head):
+            return len(head) < LOG_HEADER and _log_head(head)[1] == 0
+    return False
+
+
+class _LogFile:
+    """The lines of one file. starts: where each begins, and one past the last; cut: there are more."""
+
+    def __init__(self, data: Any) -> None:
+        size = len(data)
+        self.data = data
+        self.starts = array.array("Q", [0])
+        most = min(size, LOG_INDEX_BYTES)
+        ends = re.compile(rb"\n").finditer(self.data, 0, most)
+        self.starts.extend(found.end() for found in itertools.islice(ends, LOG_INDEX_LINES))
+        last = self.starts[-1]
+        self.cut = last < size and (size > most or len(self.starts) > LOG_INDEX_LINES)
+        if last < size and not self.cut and not _is_torn(self.data[last : last + LOG_HEADER]):
+            self.starts.append(size + 1)  # a last line that has no \n yet
+
+    def keys(self) -> List[bytes]:
+        """The time of each line as text that sorts; of a line without a header that of the line before."""
+        data, keys, last = self.data, [], b""
+        for start in self.starts[:-1]:
+            if data[start : start + 9] == b"[MFLOG|0|" and data[start + 28 : start + 29] == b".":
+                last = data[start + 9 : start + 35]
+            else:
+                line = data[start : start + LOG_HEADER].partition(b"\n")[0]
+                found = _LOG_HEAD.match(line)
+                if found is not None and _log_head(line)[1]:
+                    last = found.group(1).ljust(20, b".").ljust(26, b"0")
+            keys.append(last)
+        return keys
+
+
+class _Log:
+    """The lines of one stream of one attempt, of all its files, in order. `order`: (file, line) if not as written."""
+
+    def __init__(self, opened: Sequence[Any]) -> None:
+        self.files = [_LogFile(data) for data in opened]
+        self.lines = sum(len(file.starts) - 1 for file in self.files)
+        self.cut = any(file.cut for file in self.files)
+        self.order: Optional[List[Tuple[int, int]]] = None
+        keys = [key for file in self.files for key in file.keys()]
+        if any(before > after for before, after in zip(keys, keys[1:])):
+            places = [
+                (i, n) for i, file in enumerate(self.files) for n in range(len(file.starts) - 1)
+            ]
+            self.order = [places[at] for at in sorted(range(len(keys)), key=keys.__getitem__)]
+
+    def line(self, row: int) -> Tuple[Optional[int], Any, int, int]:
+        """(milliseconds, data, start and end of the message in it)."""
+        index, line = self.order[row] if self.order else self._place(row)
+        file = self.files[index]
+        start, end = file.starts[line], file.starts[line + 1] - 1
+        when, skip = _log_head(file.data[start : min(start + LOG_HEADER, end)])
+        return when, file.data, start + skip, end
+
+    def _place(self, row: int) -> Tuple[int, int]:
+        for index, file in enumerate(self.files):
+            if row < len(file.starts) - 1:
+                return index, row
+            row -= len(file.starts) - 1
+        raise IndexError(row)
+
+    def row(self, row: int, limit: int) -> Dict[str, Any]:
+        """One row as the UI has it; a long line is cut to `limit` bytes, and says so."""
+        if row == self.lines:
+            text = "... more lines than can be shown here: download the log to see them"
+            return {"row": row, "timestamp": None, "line": text}
+        when, data, start, end = self.line(row)
+        text = data[start : min(end, start + limit)].decode("utf-8", "replace")
+        if end - start > limit:
+            text += " ... [%d more bytes: download the log to see them]" % (end - start - limit)
+        return {"row": row, "timestamp": when, "line": text}
+
+    def messages(self) -> Iterator[bytes]:
+        """The messages with a newline between them, in pieces of at most 64 KiB."""
+        for row in range(self.lines):
+            _, data, start, end = self.line(row)
+            yield b"\n" if row else b""
+            for at in range(start, end, 65536):
+                yield data[at : min(at + 65536, end)]
+        for file in self.files:
+            at = file.starts[-1]
+            while file.cut and at < len(file.data):  # lines beyond the index, file by file
+                end = file.data.find(b"\n", at)
+                end = len(file.data) if end < 0 else end
+                start = at + _log_head(file.data[at : min(at + LOG_HEADER, end)])[1]
+                yield b"\n" if at or self.lines else b""
+                for piece in range(start, end, 65536):
+                    yield file.data[piece : min(piece + 65536, end)]
+                at = end + 1
+
+
+def _log_names(attempt: int, stream: str) -> List[str]:
+    sources = ["%d.%s_%s.log" % (attempt, source, stream) for source in ("runtime", "task")]
+    return [*sources, "%d.%s.log" % (attempt, stream)]
+
+
+def _open_log(root: str, task: Sequence[str], attempt: int, stream: str) -> List[Any]:
+    """The bytes of a log's files, mapped into memory; the old layout counts only when there is no other."""
+    import mmap
+
+    opened: List[Any] = []
+    for name in _log_names(attempt, stream):
+        file = _open_below(root, (*task, name))
+        if file is not None and not (opened and name.count(".") == 2 and "_" not in name):
+            with file:
+                size = os.fstat(file.fileno()).st_size
+                empty = b""
+                opened.append(
+                    mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else empty
+                )
+    return opened
+
+
+def _log_page_job(
+    answer: _Answer,
+    confine: Confinement,
+    *,
+    files: Sequence[Any],
+    limit: int,
+    page: int,
+    reverse: bool,
+) -> None:
+    """Rows of a page. Pages are cut from the front; `reverse` counts them from the back, so that its page 1 is
+    the short remainder, and turns their rows round (ui backend: get_log_file_action).
+    """
+    opened = _open_log(*files)
+    confine(seconds=LOG_CPU)
+    log = _Log(opened)
+    total = log.lines + log.cut
+    limit = min(limit or LOG_PAGE_ROWS, LOG_PAGE_ROWS)
+    pages = max(-(-total // limit), 1)
+    rows, left = [], LOG_PAGE_BYTES
+    if 1 <= page <= pages:
+        first = limit * (pages - page) if reverse else limit * (page - 1)
+        for number in range(first, min(first + limit, total)):
+            row = log.row(number, min(LOG_LINE_BYTES, max(left, 200)))
+            left -= len(row["line"])
+            rows.append(json.dumps(row))
+    body = ", ".join(rows[::-1] if reverse else rows).encode()
+    answer({"pages": pages, "total": total}, body)
+
+
+def _log_text_job(answer: _Answer, confine: Confinement, *, files: Sequence[Any]) -> None:
+    """The whole log, lines as they were printed, no newline after the last one."""
+    opened = _open_log(*files)
+    confine(seconds=DOWNLOAD_CPU)
+    piece: List[bytes] = []
+    size = 0
+    for data in _Log(opened).messages():
+        piece.append(data)
+        size += len(data)
+        if size >= 65536:
+            answer({}, b"".join(piece))
+            piece, size = [], 0
+    answer({}, b"".join(piece))
+
+
+_JOBS: Dict[str, Callable[..., None]] = {
+    "artifacts": _artifacts_job,
+    "match": _match_job,
+    "card_data": _card_data_job,
+    "log_page": _log_page_job,
+    "log_text": _log_text_job,
+}
+
+
+# The child and its workers.
+
+_FRAME = struct.Struct(">II")  # bytes of the head, bytes of the body; 0, 0: the job is done
+
+
+def _run_worker(sock: socket.socket) -> None:
+    """Reads one request from the daemon, answers it, and ends."""
+
+    def exactly(size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            piece = sock.recv(min(size - len(data), MIB))
+            if not piece:
+                os._exit(0)
+            data += piece
+        return bytes(data)
+
+    def answer(head: Dict[str, Any], body: bytes = b"") -> None:
+        text = json.dumps(head).encode()
+        sock.sendall(_FRAME.pack(len(text), len(body)) + text + body)
+
+    name, args = json.loads(exactly(_FRAME.unpack(exactly(8))[0]))
+    _JOBS[name](answer, Confinement(), **args)
+    sock.sendall(_FRAME.pack(0, 0))
+
+
+def _only_descriptors(*kept: int) -> None:
+    """Closes all that was inherited: listening socket, connections, lock, log."""
+    names = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else map(str, range(65536))
+    for name in names:
+        if int(name) > 2 and int(name) not in kept:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _run_child(control: socket.socket) -> None:
+    """Forks a worker for each socket that the daemon sends, until the daemon closes the control socket."""
+    import gc
+    import gzip  # noqa: F401  a confined worker could not import them any more
+    import hashlib  # noqa: F401
+    import mmap  # noqa: F401
+    import pickle  # noqa: F401
+
+    gc.disable()  # nothing of the daemon's may be finalized here: descriptors have other owners now
+    signal.set_wakeup_fd(-1)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)  # the daemon decides: it may still be answering
+    _only_descriptors(control.fileno())
+    _pickle_names()
+    for coding in ("utf-32-le", "utf-32-be", "latin-1", "ascii", "raw-unicode-escape"):
+        codecs.lookup(coding)
+    woken, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    poll.register(woken, select.POLLIN)
+    workers: Dict[int, Tuple[int, socket.socket]] = {}  # by descriptor of the job's socket
+    while True:
+        for ready, _ in poll.poll():
+            if ready == control.fileno():
+                data, sockets, _, _ = socket.recv_fds(control, 1, 1)
+                if not data:
+                    for pid, _sock in workers.values():
+                        os.kill(pid, signal.SIGKILL)
+                    return
+                for number in sockets:
+                    sock = socket.socket(fileno=number)
+                    pid = _fork_worker(
+                        sock, [control, woken, wake, *(s for _, s in workers.values())]
+                    )
+                    workers[number] = pid, sock
+                    poll.register(sock, 0)  # tells only that the daemon has closed its end
+            elif ready == woken.fileno():
+                woken.recv(4096)
+            elif ready in workers:
+                os.kill(workers[ready][0], signal.SIGKILL)
+                poll.unregister(ready)
+        for number, (pid, sock) in list(workers.items()):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                with contextlib.suppress(KeyError):
+                    poll.unregister(sock)
+                sock.close()
+                del workers[number]
+
+
+def _fork_worker(sock: socket.socket, others: Sequence[socket.socket]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for other in others:
+            other.close()
+        _run_worker(sock)
+        status = 0
+    except BaseException:
+        pass  # the daemon sees the end of the socket, and names the item
+    os._exit(status)
+
+
+class _Request:
+    """The daemon's end of one request."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._data = bytearray()
+
+    async def send(self, name: str, args: Dict[str, Any]) -> None:
+        """Says what is to be done."""
+        import asyncio
+
+        text = dumps([name, args])
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ConnectionError):  # next() will tell
+            await loop.sock_sendall(self._sock, _FRAME.pack(len(text), 0) + text)
+
+    async def next(self) -> Optional[Tuple[Dict[str, Any], bytes]]:
+        """The next answer, None after the last one. Raises EOFError when the worker has died."""
+        head, body = _FRAME.unpack(await self._exactly(8))
+        if not head:
+            return None
+        return json.loads(await self._exactly(head)), await self._exactly(body)
+
+    async def _exactly(self, size: int) -> bytes:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        while len(self._data) < size:
+            try:
+                piece = await loop.sock_recv(self._sock, 256 * KIB)
+            except ConnectionError:
+                piece = b""
+            if not piece:
+                raise EOFError
+            self._data += piece
+        taken = bytes(self._data[:size])
+        del self._data[:size]
+        return taken
+
+
+# What is done with the answers: parameters, graph, search.
+
+
+def artifact_item(record: Mapping[str, Any]) -> Dict[str, Any]:
+    """What a worker needs of an artifact's record. `location` is `:root:<path of a .metaflow>`."""
+
+    def field(*names: str) -> str:
+        found = [record.get(name) for name in names if record.get(name) is not None]
+        return str(found[0]) if found else ""
+
+    location = record.get("location")
+    root = location[6:] if isinstance(location, str) and location.startswith(":root:") else location
+    own = (
+        field("flow_id"),
+        field("run_id", "run_number"),
+        field("step_name"),
+        field("task_name", "task_id"),
+    )
+    coding = record.get("content_type")
+    return {
+        "task": own,
+        "path": "/".join((*own, field("name"))),
+        "flow": own[0],
+        "sha": field("sha"),
+        "content_type": coding if isinstance(coding, str) else None,
+        "ds_type": record.get("ds_type"),
+        "ds_root": root,
+    }
+
+
+# Cards. <card root>/<Flow>/runs/<run>/steps/<step>/tasks/<task>/cards/<type>[-<id>]-<hash>.html, and the data
+# of cards that are refreshed while the task runs in .../runtime/<type>[-<id>]-<hash>.data.json
+# (metaflow/plugins/cards/card_datastore.py, the same from 2.12.0 to 2.19; cards of before June 2022 have no
+# steps/<step>). The card root is <.metaflow>/mf.cards, found from the directory in which the flow was
+# started, or METAFLOW_CARD_LOCALROOT; it does not follow the datastore's root.
+
+
+class _Card(NamedTuple):
+    type: str
+    id: Optional[str]
+    hash: str
+    root: str
+    parts: Tuple[str, ...]
+
+
+_CARD_NAME = re.compile(
+    r"([^-/\\]{1,128})-(?:([^-/\\]{1,128})-)?([0-9A-Za-z]{1,64})\.(html|data\.json)"
+)
+
+
+def _attempt_of(record: Mapping[str, Any]) -> int:
+    try:
+        return int(record.get("attempt_id") or 0)
+    except (TypeError, ValueError):
+        return 0
+
+
+def log_file_name(task: Sequence[str], attempt: int, stream: str) -> str:
+    """The name under which a log is downloaded: stdout_Flow_run_step_task-attempt.txt."""
+    where = "_".join(re.sub(r"[^\w.:-]", "_", part, flags=re.A) for part in task)
+    return "%s_%s-%d.txt" % (stream, where, attempt)
 
 
 class LogWindow(NamedTuple):
-    """One page of a log. rows: each {"row", "timestamp", "line"} as JSON; pages: at least 1; found: a file is there."""
+    """One page of a log. rows: JSON of {"row", "timestamp", "line"}, in pieces to be joined by commas; pages:
+    at least 1; total: lines.
+    """
 
     rows: List[bytes]
     pages: int
     total: int
-    found: bool
+
+
+# How many requests of a kind are worked on at once: hostile values of one client never hold up another's log.
+LANES = {"values": 3, "search": 1, "patterns": 2, "logs": 4, "downloads": 8}
 
 
 class Reader:
@@ -6475,45 +5518,287 @@ class Reader:
 
     Artifact records need flow_id, run_number (or run_id), step_name, task_id (or task_name), name,
     attempt_id, sha, ds_type, location and content_type, as the store and `ui_artifact_row` give them. A task
-    is (flow, run, step, task id). A request whose task is cancelled costs nothing further.
+    is (flow, run, step, task id). A request whose asyncio task is cancelled ends its worker.
     """
 
     def __init__(self, metaflow_dir: str, data_roots: Sequence[str] = ()) -> None:
+        """`data_roots`: where included files are, besides <metaflow_dir>/data."""
         self.metaflow_dir = metaflow_dir
         self.data_roots = tuple(data_roots)
         self.card_roots: List[str] = []  # more places with cards than .metaflow/mf.cards
+        self._control: Optional[socket.socket] = None
+        self._child = 0
+        self._jobs = 0
+        self._idle: Optional[asyncio.TimerHandle] = None
+        self._lanes: Dict[str, asyncio.Semaphore] = {}
 
-    async def contents(self, records: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
+    # -- the child
+
+    def _start(self) -> socket.socket:
+        self.close()
+        ours, theirs = socket.socketpair()
+        self._child = os.fork()
+        if self._child == 0:
+            try:
+                _run_child(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+        ours.setblocking(False)
+        self._control = ours
+        return ours
+
+    def close(self) -> None:
+        """Ends the child and all that it does."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._child, 0)  # it does nothing but wait, and ends at once
+
+    def _hand_over(self, sock: socket.socket) -> None:
+        """Gives one end of a socket pair to the child. Raises OSError when no child can be had."""
+        if self._control is not None:
+            try:
+                socket.send_fds(self._control, [b"+"], [sock.fileno()])
+                return
+            except OSError:  # somebody has killed it
+                pass
+        socket.send_fds(self._start(), [b"+"], [sock.fileno()])
+
+    @contextlib.asynccontextmanager
+    async def _job(self, lane: str, name: str, **args: Any) -> AsyncIterator[_Request]:
+        """One request to a worker of its own, which ends with the block, whatever it does."""
+        import asyncio
+
+        if lane not in self._lanes:
+            self._lanes[lane] = asyncio.Semaphore(LANES[lane])
+        self._jobs += 1
+        if self._idle is not None:
+            self._idle.cancel()
+        try:
+            async with self._lanes[lane]:
+                ours, theirs = socket.socketpair()
+                try:
+                    ours.setblocking(False)
+                    with theirs:
+                        self._hand_over(theirs)
+                    job = _Request(ours)
+                    await job.send(name, args)
+                    yield job
+                finally:
+                    ours.close()
+        finally:
+            self._jobs -= 1
+            if not self._jobs:
+                self._idle = asyncio.get_running_loop().call_later(READER_IDLE, self.close)
+
+    # -- artifacts
+
+    async def _artifacts(
+        self,
+        records: Iterable[Mapping[str, Any]],
+        want: str,
+        *,
+        limit: int = ARTIFACT_BYTES,
+        left: int = 1 << 62,
+        value: str = "",
+        lane: str = "values",
+        seconds: float = READER_SECONDS,
+    ) -> List[Tuple[Dict[str, Any], bytes]]:
+        """(head, body) for each artifact: what `_answer_item` answers. What is not read in time says so."""
+        import asyncio
+
+        items = [artifact_item(record) for record in records]
+        answers: List[Any] = [None] * len(items)
+        roots = list(self.data_roots)
+        own = os.path.join(self.metaflow_dir, "data")
+        if _is_below(os.path.realpath(own), os.path.realpath(self.metaflow_dir)):
+            roots.insert(0, own)
+        args = {
+            "root": self.metaflow_dir,
+            "roots": roots,
+            "want": want,
+            "limit": limit,
+            "value": value,
+        }
+        try:
+            await asyncio.wait_for(self._fill(lane, args, items, answers, left), seconds)
+        except asyncio.TimeoutError:
+            pass
+        except OSError as error:
+            why = "the reading process cannot be started: %s" % error
+            return [(_unreadable(item, why), b"") for item in items]
+        late = "it takes too long to read"
+        return [a or (_unreadable(item, late), b"") for a, item in zip(answers, items)]
+
+    async def _fill(
+        self, lane: str, args: Dict[str, Any], items: List[Any], answers: List[Any], left: int
+    ) -> None:
+        """Fills in the answers, with as many workers as it takes: one that dies takes one item with it."""
+        todo: List[int] = list(range(len(items)))
+        again: List[int] = []  # those that name a file or a time zone: asked for once more
+        zones: List[str] = []
+        while todo or again:
+            if not todo:
+                todo, again = again, []
+            asked = [items[i] for i in todo[:READER_BATCH]]
+            before = len(todo)
+            async with self._job(
+                lane, "artifacts", items=asked, left=left, zones=zones[:50], **args
+            ) as job:
+                for _ in asked:
+                    try:
+                        got = await job.next()
+                    except EOFError:
+                        why = "reading it takes more time or memory than it may"
+                        place = todo.pop(0)
+                        answers[place] = _unreadable(items[place], why), b""
+                        break
+                    if got is None:
+                        break
+                    place = todo.pop(0)
+                    head, body = got
+                    if ("include" in head or "zones" in head) and "asked" not in items[place]:
+                        items[place] = {**items[place], **head, "asked": True}
+                        zones += head.get("zones", ())
+                        again.append(place)
+                        continue
+                    left -= len(body)
+                    answers[place] = got
+            if len(todo) == before:
+                raise OSError("it answers nothing")
+
+    async def contents(self, records: Iterable[Mapping[str, Any]]) -> List[Dict[str, Any]]:
         """For each artifact {"content": text} or {"postprocess_error": {"id", "detail", "traceback"}}."""
-        return await in_thread(
-            artifact_contents, self.metaflow_dir, records, data_roots=self.data_roots
-        )
+        return [
+            {"postprocess_error": head["error"]}
+            if "error" in head
+            else {"content": body.decode("utf-8", "surrogatepass")}
+            for head, body in await self._artifacts(records, "text", left=ARTIFACT_PAGE_BYTES)
+        ]
 
-    async def values(self, records: Sequence[Mapping[str, Any]]) -> List[Any]:
+    async def values(self, records: Iterable[Mapping[str, Any]]) -> List[Any]:
         """The value of each artifact as JSON has it (tuples are lists); None for what cannot be read."""
-
-        def read() -> List[Any]:
-            return [
-                _JsonMaker().make(read_artifact(self.metaflow_dir, record).value)
-                for record in records
-            ]
-
-        return await in_thread(read)
+        answers = await self._artifacts(records, "json")
+        return [None if "error" in head else json.loads(body) for head, body in answers]
 
     async def parameters(self, records: Iterable[Mapping[str, Any]]) -> Dict[str, Dict[str, Any]]:
-        """{name: {"value": JSON value}} from the records of the `_parameters` task."""
-        return await in_thread(
-            run_parameters, self.metaflow_dir, list(records), data_roots=self.data_roots
-        )
+        """{name: {"value": JSON value}} by name, from the records of the `_parameters` task (any attempts).
+
+        All its artifacts count but `_…`, `name` and `script_name` (ui backend: get_parameters_action). What
+        cannot be read has the reason as its value, and never null: the UI crashes on a null entry.
+        """
+        newest: Dict[str, Mapping[str, Any]] = {}
+        for record in records:
+            name = record.get("name")
+            if not isinstance(name, str) or name.startswith("_") or name in ("name", "script_name"):
+                continue
+            if name not in newest or _attempt_of(record) >= _attempt_of(newest[name]):
+                newest[name] = record
+        names = sorted(newest)
+        wanted = [newest[name] for name in names]
+        answers = await self._artifacts(wanted, "json", limit=PARAMETER_BYTES)
+        parameters = {}
+        for name, (head, body) in zip(names, answers):
+            shown = head["error"]["detail"] if "error" in head else json.loads(body)
+            if "error" in head and head["error"]["id"] == TOO_LARGE_ID:
+                shown = "Artifact too large: %s bytes" % (head["size"] or "more")
+            parameters[name] = {"value": shown}
+        return parameters
 
     async def graph(
         self, records: Iterable[Mapping[str, Any]], steps: Sequence[Tuple[str, int]] = ()
     ) -> Optional[Dict[str, Any]]:
         """The graph from `_graph_info` among the records, else from `steps`: (name, foreach depth), as they began.
 
-        None when there is nothing to draw. Raises Problem(501) for a datastore that is elsewhere.
+        Metaflow saves it with `_parameters` when the run starts and hands it on to every task
+        (metaflow/task.py). None when there is nothing to draw. Raises Problem(501) for a datastore that is
+        elsewhere.
         """
-        return await in_thread(run_dag, self.metaflow_dir, list(records), steps)
+        found = [record for record in records if record.get("name") == "_graph_info"]
+        found.sort(
+            key=lambda r: (r.get("step_name") == "_parameters", _attempt_of(r)), reverse=True
+        )
+        for head, body in await self._artifacts(found[:1], "graph", limit=GRAPH_BYTES):
+            if "error" in head and head["error"]["id"] == NOT_LOCAL_ID:
+                raise Problem(501, head["error"]["detail"], id=NOT_LOCAL_ID)
+            graph: Optional[Dict[str, Any]] = json.loads(body or b"null")
+            if graph is not None:
+                return graph
+        shown = [(name, max(0, depth)) for name, depth in steps if not name.startswith("_")]
+        return _graph_of_steps(shown) if shown else None
+
+    async def search(
+        self, records: Sequence[Mapping[str, Any]], value: Optional[str]
+    ) -> List[Optional[Dict[str, Any]]]:
+        """For each artifact, already chosen by its name, its match with a search value; None for no match.
+
+        Without a value every artifact matches. Compared in lower case with str(value), as `parse_search` says.
+        One that cannot be read is a match with "searchable": False and "error". A content that a run hands
+        on from task to task is read once.
+        """
+        rows = [_search_row(record) for record in records]
+        if value is None:
+            return [{**row, "searchable": True} for row in rows]
+        keys = [(r.get("flow_id"), r.get("sha"), r.get("content_type")) for r in records]
+        distinct = dict(zip(keys, records))
+        answers = await self._artifacts(
+            distinct.values(), "match", value=value, lane="search", seconds=SEARCH_SECONDS
+        )
+        known = dict(zip(distinct, answers))
+        found: List[Optional[Dict[str, Any]]] = []
+        for row, key in zip(rows, keys):
+            head = known[key][0]
+            if "error" in head:
+                found.append({**row, "searchable": False, "error": head["error"]})
+            else:
+                found.append({**row, "searchable": True, "error": None} if head["hit"] else None)
+        return found
+
+    # -- patterns
+
+    async def match(
+        self, pattern: str, texts: Sequence[str], *, anywhere: bool = False
+    ) -> List[bool]:
+        """Whether each text matches a client's regular expression, from its beginning or `anywhere`.
+
+        Raises Problem(400) for a pattern that is invalid, too long, or takes too long.
+        """
+        import asyncio
+
+        if len(pattern) > MAX_PATTERN:
+            raise Problem(
+                400, f"a pattern may have at most {MAX_PATTERN} characters", id="invalid-filter"
+            )
+        if re.escape(pattern) == pattern:
+            return [pattern in text if anywhere else text.startswith(pattern) for text in texts]
+        try:
+            args = {"pattern": pattern, "texts": list(texts), "anywhere": anywhere}
+            return list(map(bool, (await self._one("patterns", "match", PATTERN_TIMEOUT, args))[1]))
+        except (EOFError, asyncio.TimeoutError):
+            raise Problem(
+                400, f"the pattern {pattern!r:.100} takes too long", id="invalid-filter"
+            ) from None
+
+    async def _one(
+        self, lane: str, name: str, seconds: float, args: Dict[str, Any]
+    ) -> Tuple[Dict[str, Any], bytes]:
+        """The only answer of a job. Raises EOFError, asyncio.TimeoutError, Problem(400) for what it refuses."""
+        import asyncio
+
+        async def ask() -> Any:
+            async with self._job(lane, name, **args) as job:
+                return await job.next()
+
+        got = await asyncio.wait_for(ask(), seconds)
+        if got is None:
+            raise EOFError
+        if "error" in got[0]:
+            raise Problem(400, got[0]["error"], id="invalid-filter")
+        return got  # type: ignore[no-any-return]
+
+    # -- logs
 
     async def log_page(
         self,
@@ -6526,24 +5811,46 @@ class Reader:
         reverse: bool = False,
         ds_type: Any = None,
         ds_root: Any = None,
+        expected: bool = False,
     ) -> LogWindow:
         """A page of "stdout" or "stderr"; `limit` 0 = all. `reverse` counts pages and rows from the end.
 
-        Raises Problem(501) when there is no file and the datastore is elsewhere.
+        expected: the task has just ended, and Metaflow writes its log now: it is waited for. Raises
+        Problem(501) when there is no file and the datastore is elsewhere.
         """
-        log = await in_thread(
-            log_rows,
-            self.metaflow_dir,
-            task,
-            attempt,
-            stream,
-            limit=limit,
-            page=page,
-            reverse=reverse,
-            ds_type=ds_type,
-            ds_root=ds_root,
-        )
-        return LogWindow([dumps(row) for row in log.rows], log.pages, log.total, log.total > 0)
+        import asyncio
+
+        files = self.metaflow_dir, list(task), attempt, stream
+        args = {"files": files, "limit": limit, "page": page, "reverse": reverse}
+        if not await self._wait_for_log(task, attempt, stream, expected):
+            self._must_be_here(ds_type, ds_root)
+            return LogWindow([], 1, 0)
+        try:
+            head, body = await self._one("logs", "log_page", LOG_SECONDS, args)
+        except (EOFError, asyncio.TimeoutError):
+            why = "the log takes too long to read: download it"
+            raise Problem(500, why, id="log-error") from None
+        return LogWindow([body] if body else [], head["pages"], head["total"])
+
+    async def _wait_for_log(
+        self, task: Sequence[str], attempt: int, stream: str, expected: bool
+    ) -> bool:
+        """Whether there is a log; an expected one is waited for."""
+        import asyncio
+
+        place = os.path.join(self.metaflow_dir, *task)
+        paths = [os.path.join(place, name) for name in _log_names(attempt, stream)]
+        until = time.monotonic() + (LOG_PATIENCE if expected else 0.0)
+        while not any(map(os.path.exists, paths)):
+            if time.monotonic() >= until:
+                return False
+            await asyncio.sleep(0.1)
+        return True
+
+    def _must_be_here(self, ds_type: Any, ds_root: Any) -> None:
+        # 501, because the UI shows an error's text for every status but 403 and 404.
+        if not is_here(self.metaflow_dir, ds_type, ds_root):
+            raise Problem(501, not_local_text(ds_type, ds_root), id=NOT_LOCAL_ID)
 
     async def log_download(
         self,
@@ -6553,79 +5860,101 @@ class Reader:
         *,
         ds_type: Any = None,
         ds_root: Any = None,
+        expected: bool = False,
     ) -> AsyncIterator[bytes]:
-        """The whole log in pieces. Raises, before the first one, as `log_page` does."""
-        pieces = await in_thread(
-            log_text,
-            self.metaflow_dir,
-            task,
-            attempt,
-            stream,
-            ds_type=ds_type,
-            ds_root=ds_root,
-        )
+        """The whole log in pieces. Waits and raises, before the first one, as `log_page` does."""
+        files = self.metaflow_dir, list(task), attempt, stream
+        if not await self._wait_for_log(task, attempt, stream, expected):
+            self._must_be_here(ds_type, ds_root)
 
         async def read() -> AsyncIterator[bytes]:
-            try:
+            async with self._job("downloads", "log_text", files=files) as job:
                 while True:
-                    piece = await in_thread(next, pieces, b"")
-                    if not piece:
+                    got = await job.next()
+                    if got is None:
                         return
-                    yield piece
-            finally:
-                pieces.close()  # type: ignore[attr-defined]
+                    if got[1]:
+                        yield got[1]
 
         return read()
 
-    async def cards(self, task: Sequence[str]) -> List[Dict[str, Any]]:
-        """[{"id": text or None, "hash", "type"}], those without an id first."""
-        return await in_thread(list_cards, self.metaflow_dir, task, self._card_roots())
+    # -- cards
 
-    async def card(self, task: Sequence[str], hash: str) -> Optional[AsyncIterator[bytes]]:
-        """The HTML of a card in pieces; None when there is none (yet). Raises Problem(422) for one too large."""
-        html = await in_thread(card_html, self.metaflow_dir, task, hash, self._card_roots())
-
-        async def read(html: bytes) -> AsyncIterator[bytes]:
-            for at in range(0, len(html), 256 * KIB):
-                yield html[at : at + 256 * KIB]
-
-        return None if html is None else read(html)
-
-    async def card_data(self, task: Sequence[str], hash: str) -> Optional[bytes]:
-        """The data of a card that is refreshed while its task runs, as JSON; None when there is none (yet)."""
-        data = await in_thread(card_data, self.metaflow_dir, task, hash, self._card_roots())
-        return None if data is None else dumps(data)
-
-    def _card_roots(self) -> List[str]:
+    def _card_places(self, kind: str, task: Sequence[str]) -> Iterator[Tuple[str, Tuple[str, ...]]]:
+        """(root, parts below it) of the directories that may have a task's "cards" or "runtime" data."""
         # With METAFLOW_CARD_LOCALROOT set, Metaflow 2.19 writes cards into the datastore itself.
         named = os.environ.get("METAFLOW_CARD_LOCALROOT")
-        return [self.metaflow_dir, *([named] if named else []), *self.card_roots]
+        flow, run, step, task_id = task
+        for root, top in (
+            (self.metaflow_dir, ("mf.cards",)),  # which may be no symlink to the outside
+            (self.metaflow_dir, ()),
+            *((place, ()) for place in (*([named] if named else []), *self.card_roots)),
+        ):
+            yield root, (*top, flow, "runs", run, "steps", step, "tasks", task_id, kind)
+            yield root, (*top, flow, "runs", run, "tasks", task_id, kind)
 
-    async def search(
-        self, records: Sequence[Mapping[str, Any]], value: Optional[str]
-    ) -> List[Optional[Dict[str, Any]]]:
-        """For each artifact its match with a search value, None for no match; see `search_artifact`."""
+    def _find_cards(self, task: Sequence[str], kind: str) -> Iterator[_Card]:
+        for root, parts in self._card_places(kind, task):
+            for name in _list_below(root, parts):
+                found = _CARD_NAME.fullmatch(name)
+                if found and (found.group(4) == "html") == (kind == "cards"):
+                    yield _Card(
+                        found.group(1), found.group(2), found.group(3), root, (*parts, name)
+                    )
 
-        def find() -> List[Optional[Dict[str, Any]]]:
-            return [
-                search_artifact(self.metaflow_dir, record, value, data_roots=self.data_roots)
-                for record in records
-            ]
+    async def cards(self, task: Sequence[str]) -> List[Dict[str, Any]]:
+        """[{"id": text or None, "hash", "type"}], those without an id first, then by type and id.
 
-        return await in_thread(find, pool="search")
-
-    async def match(
-        self, pattern: str, texts: Sequence[str], *, anywhere: bool = False
-    ) -> List[bool]:
-        """Whether each text matches a client's regular expression, from its beginning or `anywhere`.
-
-        Raises Problem(400) for a pattern that is invalid, too long, or takes too long.
+        A card of which nothing is written yet is left out: the UI asks again.
         """
-        test = compile_pattern(pattern, search=anywhere)
-        return [test(text) for text in texts]
+        cards: Dict[str, _Card] = {}
+        for card in itertools.islice(self._find_cards(task, "cards"), CARD_LIMIT):
+            file = None if card.hash in cards else _open_below(card.root, card.parts)
+            if file is not None:
+                with file:
+                    if os.fstat(file.fileno()).st_size:
+                        cards[card.hash] = card
+        ordered = sorted(
+            cards.values(), key=lambda c: (c.id is not None, c.type, c.id or "", c.hash)
+        )
+        return [{"id": card.id, "hash": card.hash, "type": card.type} for card in ordered]
 
-    def close(self) -> None:
-        """Ends what reads."""
+    async def card(self, task: Sequence[str], hash: str) -> Optional[AsyncIterator[bytes]]:
+        """The HTML of a card in pieces, read as they are taken; None when there is none (yet)."""
+        for card in self._find_cards(task, "cards"):
+            file = _open_below(card.root, card.parts) if card.hash == hash else None
+            if file is not None:
+                if os.fstat(file.fileno()).st_size:
+                    return _pieces_of(file)
+                file.close()
+        return None
+
+    async def card_data(self, task: Sequence[str], hash: str) -> Optional[bytes]:
+        """{"data", "id", "type"} of a card that is refreshed while its task runs, as JSON; None without one (yet)."""
+        import asyncio
+
+        for card in self._find_cards(task, "runtime"):
+            if card.hash == hash:
+                args = {"root": card.root, "parts": card.parts}
+                try:
+                    head, body = await self._one("values", "card_data", READER_SECONDS, args)
+                except (EOFError, asyncio.TimeoutError):
+                    head, body = {}, b"null"
+                if head.get("large"):
+                    raise Problem(422, "The data of the card is too large.", id="card-too-large")
+                if body:
+                    about = dumps({"id": card.id, "type": card.type})
+                    return b'{"data": ' + body + b", " + about[1:]
+        return None
+
+
+async def _pieces_of(file: IO[bytes]) -> AsyncIterator[bytes]:
+    with file:
+        while True:
+            piece = file.read(256 * KIB)
+            if not piece:
+                return
+            yield piece
 
 
 # ---- 8. HTTP: bytes in, request or error out ----
@@ -8809,8 +8138,10 @@ class MetadataApi:
         values.sort(key=lambda item: _pathspec_order(item[0]))
         if not pattern:
             return json_response([pathspec for pathspec, _ in values])
-        found = await search_texts(pattern, [texts for _, texts in values])
-        return json_response([pathspec for (pathspec, _), hit in zip(values, found) if hit])
+        texts = sorted({text for _, own in values for text in own})
+        found = await self.site.reader.match(pattern, texts, anywhere=True)
+        fitting = {text for text, hit in zip(texts, found) if hit}
+        return json_response([path for path, own in values if not fitting.isdisjoint(own)])
 
     def get_task(self, request: Request) -> Response:
         """GET .../tasks/{task}."""
@@ -8988,73 +8319,6 @@ _BEAT = Response(200, rb'"{\"wait_time_in_seconds\": 10}"', JSON_TYPE)
 def _beat_answer() -> Response:
     # A JSON string that holds JSON: Metaflow's heartbeat.py decodes the answer twice.
     return _BEAT
-
-
-# -- patterns of clients
-
-_SEARCHER = (
-    "import json, re, sys\n"
-    "pattern, groups = json.load(sys.stdin)\n"
-    "search = re.compile(pattern).search\n"
-    "json.dump([any(search(text) for text in texts) for texts in groups], sys.stdout)\n"
-)
-
-
-async def search_texts(pattern: str, groups: List[List[str]]) -> List[bool]:
-    """For each group of texts whether one of them contains a match of the client's pattern.
-
-    A pattern that might take for ever runs in a process of its own that is ended after PATTERN_TIMEOUT s:
-    a thread would hold the interpreter. Raises Problem(400).
-    """
-    if is_harmless_pattern(pattern):
-        search = compile_pattern(pattern, search=True)
-        pace, found = Pacer(), []
-        for texts in groups:
-            hit = False
-            for text in texts:
-                hit = search(text)
-                await pace()
-                if hit:
-                    break
-            found.append(hit)
-        return found
-    async with _searchers():
-        return await _search_outside(pattern, groups)
-
-
-@lru_cache(maxsize=1)
-def _searchers() -> Any:
-    import asyncio
-
-    return asyncio.Semaphore(READER_THREADS)
-
-
-async def _search_outside(pattern: str, groups: List[List[str]]) -> List[bool]:
-    """`search_texts` in a process of its own; at most READER_THREADS at a time."""
-    import asyncio
-
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-I",
-        "-S",
-        "-c",
-        _SEARCHER,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    try:
-        out, _ = await asyncio.wait_for(
-            child.communicate(dumps([pattern, groups])), PATTERN_TIMEOUT
-        )
-    except asyncio.TimeoutError:
-        child.kill()
-        await child.wait()
-        raise Problem(400, f"the pattern {pattern!r:.100} takes too long to search for") from None
-    answer = loads(out) if child.returncode == 0 else None
-    if not isinstance(answer, list):
-        raise Problem(400, f"the pattern {pattern!r:.100} cannot be searched for")
-    return answer
 
 
 # -- routes
@@ -9573,14 +8837,29 @@ class Subscriptions:
     # -- pushing
 
     def _push(self, subscriptions: Iterable[_Subscription], kind: str, row: Record) -> None:
+        import asyncio
+
         try:
             text = dumps(row).decode("ascii")
         except (ValueError, RecursionError):
             return  # no row that could be told
         for subscription in subscriptions:
+            if subscription.filters.patterns:
+                asyncio.ensure_future(self._push_matching(subscription, kind, row, text))
+                continue
             subscription.send(kind, row, text)
             if not subscription.active:
                 self.disconnect(subscription.client)
+
+    async def _push_matching(
+        self, subscription: _Subscription, kind: str, row: Record, text: str
+    ) -> None:
+        """Pushes a row to a subscription with patterns, which are matched in another process."""
+        try:
+            await learn_patterns(subscription.filters, [row], self._site.reader.match)
+        except Problem:
+            return  # a pattern that is invalid or takes too long fits nothing
+        subscription.send(kind, row, text)
 
     async def _replay(self, watch: Watch, subscription: _Subscription, begin: int) -> None:
         """Sends the rows, as they are now, of what changed since then (ms), while a client was away."""
@@ -9713,6 +8992,8 @@ class UiApi:
     ) -> Tuple[List[Row], int, bool]:
         """(rows, number of the page, whether more follow): filtered, in order, cut."""
         query = parse_list_query(request.args(), UI_COLUMNS[kind], first=first)
+        rows = list(rows) if query.filters.patterns else rows
+        await learn_patterns(query.filters, rows, self.reader.match)
         pace, kept = Pacer(), []
         for row in rows:
             if matches(row, query.filters):
@@ -9824,6 +9105,9 @@ class UiApi:
         if enough and not query.filters:
             columns = []  # they come in this order
         views: List[Row] = []
+        if query.filters.patterns:
+            every = [await run_view(self.site, run, columns, cheap=True) for run in runs]
+            await learn_patterns(query.filters, every, self.reader.match)
         for run in runs:
             if query.filters and not await self.store.check([run]):
                 continue
@@ -9884,12 +9168,15 @@ class UiApi:
             if not is_number(text) or int(text[:6]) not in {0, *attempts}:
                 return None
             attempt = int(text)
+        facts = self.store.facts(task).attempts.get(attempt)
+        ended = max(facts.ok_at or 0, facts.done_at or 0) if facts else 0
         place: Dict[str, Any] = {"ds_type": None, "ds_root": None}
         for record in await self.store.metadata(task):
             field = str(record.get("field_name")).replace("-", "_")
             if field in place and place[field] is None:
                 if attempt_of_tags(record.get("tags")) in (attempt, None):
                     place[field] = record.get("value")
+        place["expected"] = now_ms() - ended < LOG_PATIENCE * 1000
         return _path_of(task), attempt, place
 
     def log_handler(self, stream: str) -> Callable[[Request], Any]:
@@ -9928,12 +9215,31 @@ class UiApi:
 
     # -- cards
 
+    async def _card_tasks(self, request: Request) -> List[Tuple[str, str, str, str]]:
+        """The task, and those that it is a clone of by `resume`: Metaflow clones no cards."""
+        task = self._task(request)
+        places: List[Tuple[str, str, str, str]] = []
+        while task is not None and len(places) < MAX_CLONES:
+            flow, step = task.run.flow, task.step.name
+            places.append(_path_of(task))
+            origin = {
+                str(r.get("field_name")): str(r.get("value"))
+                for r in await self.store.metadata(task)
+            }
+            run_id, task_id = origin.get("origin-run-id"), origin.get("origin-task-id")
+            run = self.store.run(flow, run_id) if run_id and task_id else None
+            place = self.store.step(run, step) if run else None
+            task = self.store.task(place, task_id) if place and task_id else None
+        return places
+
     async def get_cards(self, request: Request) -> Response:
         """GET .../cards: always with the envelope, since the UI reads `status` in it."""
-        task = self._task(request)
-        if task is None:
+        cards: List[Record] = []
+        places = await self._card_tasks(request)
+        if not places:
             return json_response({"data": []}, 404)
-        cards = await self.reader.cards(_path_of(task))
+        for place in places:
+            cards = cards or await self.reader.cards(place)
         page, limit = parse_page(request.args(), default_limit=MAX_PAGE_LIMIT)
         limit = limit or max(len(cards), 1)
         last = max(-(-len(cards) // limit), 1)
@@ -9942,10 +9248,11 @@ class UiApi:
 
     async def get_card(self, request: Request) -> Response:
         """GET .../cards/{hash}: the card's HTML, which only pages of this machine and allowed ones may frame."""
-        task, name = self._task(request), request.params["hash"]
-        if task is None:
+        places, html = await self._card_tasks(request), None
+        if not places:
             return text_response("There is no such task.", 404)
-        html = await self.reader.card(_path_of(task), name)
+        for place in places:
+            html = html or await self.reader.card(place, request.params["hash"])
         if html is None:
             return text_response("There is no such card yet. It may still be in the making.", 404)
         local = ("'self'", "http://localhost:*", "http://127.0.0.1:*")
@@ -9958,8 +9265,9 @@ class UiApi:
 
     async def get_card_data(self, request: Request) -> Response:
         """GET .../cards/{hash}/data: what a card that changes while its task runs shows now."""
-        task, name = self._task(request), request.params["hash"]
-        data = await self.reader.card_data(_path_of(task), name) if task else None
+        data = None
+        for place in await self._card_tasks(request):
+            data = data or await self.reader.card_data(place, request.params["hash"])
         if data is None:
             return json_response({"error": "there is no data for this card yet"}, 404)
         return Response(200, data, JSON_TYPE)
@@ -9984,8 +9292,9 @@ class UiApi:
         """A page of the values that pass the filters on `column`: bare strings in the envelope."""
         query = parse_list_query(request.args(), {column: "str"})
         pace, found = Pacer(), []
-        for value in values:
-            row = {column: value}
+        every = [{column: value} for value in values]
+        await learn_patterns(query.filters, every, self.reader.match)
+        for row in every:
             if matches(row, query.filters):
                 found.append(row)
             await pace()
@@ -10960,6 +10269,7 @@ class Service:
             for task in tasks:
                 task.cancel()
             self.store.flush_signs()
+            self.site.reader.close()
 
     def stop(self, now: bool = False) -> None:
         """Begins to drain; `now`, or a second call, does not wait for requests in flight."""

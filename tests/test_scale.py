@@ -387,14 +387,6 @@ async def turns_of_others(work: Any) -> int:
     return turns
 
 
-def test_a_search_for_a_pattern_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mflocal, "WALK_SLICE", -1.0)  # every chance is taken
-    groups = [["x" * number] for number in range(200)]
-    assert asyncio.run(turns_of_others(mflocal.search_texts("y.*z", groups))) >= 200
-    found = asyncio.run(mflocal.search_texts("xx.*x", [*groups, ["", "xxx"]]))
-    assert found == [number > 2 for number in range(200)] + [True]
-
-
 def test_completion_gives_way(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ SECTIONS = [
 ]
 MOST_LINES = 14_500  # only ever made smaller
 TITLES = [
-    "Settings", "Records", "Store", "Liveness", "Status", "Query", "Datastore readers", "HTTP", "WebSocket",
+    "Settings", "Records", "Store", "Liveness", "Status", "Query", "Reader", "HTTP", "WebSocket",
     "Router", "Rows", "Metadata API", "Live", "UI API", "Server", "Daemon", "CLI",
 ]  # fmt: skip
 

@@ -127,19 +127,12 @@ class Served:
     @property
     def children(self) -> list[int]:
         """Its child processes."""
-        found = []
-        for name in os.listdir("/proc"):
-            try:
-                parent = (
-                    Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1]
-                    if name.isdigit()
-                    else ""
-                )
-            except OSError:
-                continue
-            if parent == str(self.pid):
-                found.append(int(name))
-        return found
+        return children_of(self.pid)
+
+    @property
+    def workers(self) -> list[int]:
+        """The processes that read what user code has written, one for each request."""
+        return [pid for child in self.children for pid in children_of(child)]
 
     def memory(self) -> float:
         """Resident MiB."""
@@ -198,6 +191,19 @@ class Served:
         run = f"/flows/F/runs/{self.client.post('/flows/F/run', BODY)['run_number']}"
         self.client.post(f"{run}/steps/start/step", BODY)
         return f"{run}/steps/start/tasks/{self.client.post(f'{run}/steps/start/task', BODY)['task_id']}"
+
+
+def children_of(parent: int) -> list[int]:
+    """The child processes of a process."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if words[1] == str(parent):
+            found.append(int(name))
+    return found
 
 
 def rest_of(sock: socket.socket) -> bytes:
