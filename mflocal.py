@@ -8434,8 +8434,6 @@ def parse_resource(path: str) -> Optional[Target]:
 class Client:
     """One WebSocket and what it subscribes to, by uuid."""
 
-    __slots__ = ("socket", "subscriptions")
-
     def __init__(self, socket: UiSocket) -> None:
         self.socket = socket
         self.subscriptions: Dict[str, _Subscription] = {}
@@ -8443,8 +8441,6 @@ class Client:
 
 class _Subscription:
     """One SUBSCRIBE: `resource` without its query; `target` None where nothing is ever told."""
-
-    __slots__ = ("client", "uuid", "resource", "target", "filters", "active")
 
     def __init__(self, client: Client, uuid: str, resource: str) -> None:
         path, _, query = resource.partition("?")
@@ -8477,11 +8473,6 @@ class Watch:
     settled: nodes of which nothing changes without an event. replays: subscriptions with the ms from which on.
     """
 
-    __slots__ = (
-        "target", "subscriptions", "known", "settled", "dirty", "replays", "begun", "primed", "wake", "task",
-        "next_look", "state", "judged",
-    )  # fmt: skip
-
     def __init__(self, target: Target, wake: asyncio.Event) -> None:
         self.target = target
         self.subscriptions: Dict[_Subscription, None] = {}
@@ -8501,11 +8492,6 @@ class Watch:
     def status(self) -> Optional[str]:
         """The last known status of the run."""
         return self.state.status if self.state else None
-
-    @property
-    def place(self) -> Tuple[Optional[str], Optional[str]]:
-        """Flow and run."""
-        return self.target.flow, self.target.run
 
     def mark(self, event: Event) -> None:
         """Notes the object of an event whose rows may differ now."""
@@ -8646,7 +8632,7 @@ class Subscriptions:
         if not watch.subscriptions:
             del watches[target]
             if not watches:
-                del self._watches[watch.place]
+                del self._watches[target.flow, target.run]
             if watch.task is not None:
                 watch.task.cancel()
 
