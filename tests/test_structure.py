@@ -228,3 +228,14 @@ def test_no_test_depends_on_how_fast_the_machine_is() -> None:
     assert found == []
     wrong = ast.parse("took = time.monotonic() - began\nassert 1 < took < 2\nassert 5 >= took")
     assert list(short_limits(wrong)) == [2, 3]
+
+
+def test_the_tests_that_the_docs_name_are_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)", (REPO / "docs/threats.md").read_text())
+    assert len(named) > 100
+    gone = {
+        f"{file}::{test}"
+        for file, test in named
+        if not re.search(rf"def {test}\(", (REPO / "tests" / file).read_text())
+    }
+    assert not gone
