@@ -10581,20 +10581,15 @@ class State:
     def __init__(self, directory: str, record: Dict[str, Any]) -> None:
         self.directory = directory
         self.record = record
-        self.instance: str = record["instance"]  # random id of this one daemon process
-        self.token: str = record["token"]  # the control routes ask for it, proofs are made with it
-        self.pid: int = record["pid"]  # never proof of life: pids are used again
-        self.port: int = record["port"]
-        address = record["address"]  # a wildcard is none to connect to
-        self.address: str = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+        self.instance = str(record["instance"])  # random id of this one daemon process
+        self.token = str(record["token"])  # the control routes ask for it, proofs are made with it
+        self.pid = int(record["pid"])  # never proof of life: pids are used again
+        self.port = int(record["port"])
+        self.options: Dict[str, Any] = record["options"]  # it was started with: as in Settings
+        address = str(record["address"])  # a wildcard is none to connect to
+        self.address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
         host = f"[{self.address}]" if ":" in self.address else self.address
         self.url = f"http://{host}:{self.port}"
-
-    @property
-    def options(self) -> Dict[str, Any]:
-        """The options the daemon was started with: names and values as in Settings."""
-        found = self.record.get("options")
-        return found if isinstance(found, dict) else {}
 
     def proof(self, nonce: str, served: List[int], locked: List[int]) -> str:
         """What only a process that has read the token can answer to `nonce`.
@@ -10655,15 +10650,13 @@ def read_state(directory: str) -> Optional[State]:
         raise DaemonError(
             f"a daemon of mflocal {version} (pid {pid}) has {directory}; `mflocal stop --force` ends it"
         )
-    path = record.get("secrets")
-    secrets = _read_private(path) if isinstance(path, str) and os.path.isabs(path) else {}
-    if not record or secrets.get("instance") != record.get("instance"):
+    try:
+        secrets = _read_private(os.path.join("/", record["secrets"]))
+        record.update({name: secrets[name] for name in State.SECRETS})
+        state = State(directory, record)
+    except (LookupError, TypeError, ValueError):
         return None
-    record.update({name: secrets.get(name) for name in State.SECRETS})
-    kinds = {"instance": str, "token": str, "pid": int, "port": int, "address": str, "root": str}
-    if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
-        return None
-    return State(directory, record) if 0 < record["port"] < 65536 and record["pid"] > 0 else None
+    return state if secrets["instance"] == state.instance and 0 < state.port < 65536 else None
 
 
 def read_card_roots(directory: str) -> List[str]:
@@ -10750,16 +10743,15 @@ def _lock_file(directory: str) -> Optional[int]:
 def lock_directory(directory: str) -> Optional[int]:
     """A descriptor of the state directory with its lock, if there are such locks; None if another has it."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    deadline = time.monotonic() + 1.0
-    try:
-        while not _flock(fd):  # those who only ask have it for a moment
-            if time.monotonic() > deadline:
-                os.close(fd)
-                return None
-            time.sleep(LOCK_POLL)
-    except OSError:
-        pass  # NFS: the lock on the file must do
-    return fd
+    for _ in range(50):  # those who only ask have it for a moment
+        try:
+            if _flock(fd):
+                return fd
+        except OSError:
+            return fd  # NFS: the lock on the file must do
+        time.sleep(LOCK_POLL)
+    os.close(fd)
+    return None
 
 
 def take_lock(settings: Settings) -> Optional[Tuple[int, str]]:
@@ -10774,7 +10766,9 @@ def take_lock(settings: Settings) -> Optional[Tuple[int, str]]:
             if reason:
                 _private_dir(os.path.dirname(directory))
             fd = _lock_file(directory)
-        except (OSError, _Unusable) as error:
+        except (OSError, _Unusable, DaemonError) as error:
+            if isinstance(error, DaemonError) and not reason:
+                raise
             reason = reason or f"{directory}: {error}"
             continue
         if fd is None or _is_locked(directory):
@@ -10977,7 +10971,11 @@ def ensure(settings: Settings, last_port: int = 0) -> Running:
     while True:
         found = find_daemon(settings, use=True, patience=START_TIMEOUT)
         if found:
-            _compare_programs(found[0])
+            version, python = (str(found[0].record.get(name)) for name in ("version", "python"))
+            if version != VERSION:
+                complain(f"the daemon is mflocal {version}, this is {VERSION}: `mflocal restart`")
+            elif not os.path.exists(python):
+                complain(f"the Python of the daemon is gone ({python}): `mflocal restart`")
             return Running(found[0], "reused", found[1])
         taken = take_lock(settings)
         if taken:
@@ -10986,15 +10984,6 @@ def ensure(settings: Settings, last_port: int = 0) -> Running:
             finally:
                 os.close(taken[0])
         time.sleep(LOCK_POLL)
-
-
-def _compare_programs(state: State) -> None:
-    """Say so if the running daemon is of another version, or its Python has been deleted."""
-    version, python = state.record.get("version"), str(state.record.get("python"))
-    if version != VERSION:
-        complain(f"the running daemon is mflocal {version}, this is {VERSION}: `mflocal restart`")
-    elif not os.path.exists(python):
-        complain(f"the Python of the running daemon is gone ({python}): `mflocal restart`")
 
 
 def listen(settings: Settings, lock_fd: int, last_port: int = 0) -> socket.socket:
@@ -11285,40 +11274,23 @@ def daemon_main() -> NoReturn:
     lock_fd, sock_fd, ready_fd = config["fds"]
     for fd in config["fds"]:
         os.set_inheritable(fd, False)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.close(null)
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), 0)
     os.chdir("/")
-    fields = config["settings"]
-    for name in ("allowed_hosts", "allowed_origins"):
-        fields[name] = tuple(fields[name])
-    settings = Settings(**{**fields, "asked": frozenset(fields["asked"])})
     state = State(config["directory"], config["state"])
-
-    def report(problem: Optional[str]) -> None:
-        answer = {"ready": True} if problem is None else {"error": problem}
-        try:
-            os.write(ready_fd, json.dumps(answer).encode() + b"\n")
-            os.close(ready_fd)
-        except OSError:
-            pass  # the starter did not wait for it
-
     log = Log(os.path.join(state.directory, LOG_FILE))
-    code = Daemon(settings, state, lock_fd, log, report).run(socket.socket(fileno=sock_fd))
-    os._exit(code)  # no thread of a library may keep the locks
-
-
-_Report = Callable[[Optional[str]], None]
+    daemon = Daemon(Settings(**config["settings"]), state, lock_fd, log, ready_fd)
+    os._exit(daemon.run(socket.socket(fileno=sock_fd)))  # no thread may keep the locks
 
 
 class Daemon:
     """What keeps a Service running: signals, idle stop, locks and state files, control routes.
 
-    report: called once, with None when the server answers, or with the reason why it does not.
+    ready_fd: the pipe on which the starter waits for our report; problem: why we could not start.
     """
 
     def __init__(
-        self, settings: Settings, state: State, lock_fd: int, log: Log, report: _Report
+        self, settings: Settings, state: State, lock_fd: int, log: Log, ready_fd: int = -1
     ) -> None:
         self._settings = settings
         self._state = state
@@ -11326,7 +11298,8 @@ class Daemon:
         self._directory_fd = -1
         self._relocks = 0  # ticks in which a lock that we had lost could not be taken
         self._log = log
-        self._report = report
+        self._ready_fd = ready_fd
+        self.problem = ""
         self._served = _place(settings.metaflow_dir)
         self._started = time.monotonic()
         self._ending = False  # signalled, and still serving the wrappers that live
@@ -11356,7 +11329,8 @@ class Daemon:
             self._log("failed: " + traceback.format_exc())
             if not self._ready:
                 ours = isinstance(error, (SettingsError, DaemonError))
-                self._report(("" if ours else type(error).__name__ + ": ") + str(error))
+                self.problem = ("" if ours else type(error).__name__ + ": ") + str(error)
+                self._report({"error": self.problem})
             return 1
         finally:
             if not self._stopping:
@@ -11392,7 +11366,14 @@ class Daemon:
             f"mflocal {VERSION} serves {self._state.record['root']} on {self._state.url}, "
             f"pid {os.getpid()}, ready after {took:.2f} s"
         )
-        self._report(None)
+        self._report({"ready": True})
+
+    def _report(self, report: Dict[str, Any]) -> None:
+        try:
+            os.write(self._ready_fd, json.dumps(report).encode() + b"\n")
+            os.close(self._ready_fd)
+        except OSError:
+            pass  # there is no starter, or it did not wait for it
 
     # -- ends
 
@@ -11457,8 +11438,13 @@ class Daemon:
         locked = {directory: self._directory_fd, os.path.join(directory, LOCK_FILE): self._lock_fd}
         lost = [path for path, fd in locked.items() if _place(path) != _place(fd)]
         if lost:
-            fd = _lock_file(directory)
-            place = lock_directory(directory) if fd is not None and directory in lost else -1
+            fd: Optional[int] = None
+            place: Optional[int] = -1
+            try:
+                fd = _lock_file(directory)
+                place = lock_directory(directory) if fd is not None and directory in lost else -1
+            except (OSError, _Unusable, DaemonError) as error:
+                self._log(f"cannot take the lock of {directory} anew: {error}")
             if fd is None or place is None:
                 self._relocks += 1
                 if self._relocks >= RELOCK_TRIES:
@@ -11573,23 +11559,20 @@ class Daemon:
             self._save()
         if self.service.bundle is None:
             raise Problem(404, "no UI bundle is served")
-        return json_response({"url": self._ui_url()})
-
-    def _ui_url(self) -> str:
-        """Where to send the browser. It cannot send a key: with one it gets a cookie for a one-time word."""
         if not self._settings.auth_key:
-            return self._state.url + "/"
+            return json_response({"url": self._state.url + "/"})
+        # A browser cannot send a key: it gets a cookie for a one-time word.
         now = time.monotonic()
         self._logins = {word: end for word, end in self._logins.items() if end > now}
         word = os.urandom(16).hex()
         self._logins[word] = now + LOGIN_SECONDS
-        return f"{self._state.url}/_mflocal/login?once={word}"
+        return json_response({"url": f"{self._state.url}/_mflocal/login?once={word}"})
 
     def _login(self, request: Request) -> Response:
         end = self._logins.pop(request.arg("once") or "", 0.0)
         if end < time.monotonic() or not self._settings.auth_key:
             raise Problem(
-                403, "this link has been used or is too old; `mflocal ui` makes a new one"
+                403, "this link has been used or is too old: `mflocal ui` makes a new one"
             )
         cookie = key_cookie(self._settings.auth_key)
         return Response(303, headers=[("Location", "/"), cookie, ("Cache-Control", "no-store")])
@@ -11616,15 +11599,10 @@ def serve_here(settings: Settings) -> int:
     except OSError as error:
         raise DaemonError(f"cannot write in {directory}: {error.strerror}") from None
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    problems: List[str] = []
-
-    def report(problem: Optional[str]) -> None:
-        if problem:
-            problems.append(problem)
-
-    code = Daemon(settings, state, lock_fd, Log(None), report).run(sock)
-    if problems:
-        raise DaemonError("could not start: " + problems[0])
+    daemon = Daemon(settings, state, lock_fd, Log(None))
+    code = daemon.run(sock)
+    if daemon.problem:
+        raise DaemonError("could not start: " + daemon.problem)
     return code
 
 
