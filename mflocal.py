@@ -2851,6 +2851,34 @@ class Liveness:
         self._store.flush_signs()
 
 
+# File systems of one machine's own disks: what is written there is written by its own processes.
+_OWN_DISKS = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs"))
+
+
+@lru_cache(maxsize=4)
+def machine_booted(directory: str) -> Optional[int]:
+    """When this machine booted (ms), if whoever writes to the directory must have begun since; else None.
+
+    None on network and shared file systems, where a run may be at work on another machine, and where there
+    is no /proc. A virtual machine that was asleep reckons its boot too late from its clock, so the device
+    nodes count too, which were made at the boot (or, in a container, at its start) and keep their time.
+    """
+    kind, longest = "", -1
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                left, _, right = line.partition(" - ")
+                place = left.split(" ")[4].rstrip("/") + "/"
+                if (directory + "/").startswith(place) and len(place) >= longest:
+                    kind, longest = right.split(" ")[0], len(place)
+        with open("/proc/stat", encoding="ascii", errors="replace") as told:
+            booted = int(told.read().partition("\nbtime ")[2].split()[0])
+        null = os.stat("/dev/null")
+    except (OSError, ValueError, IndexError):
+        return None
+    return int(min(booted, null.st_mtime, null.st_ctime) * 1000) if kind in _OWN_DISKS else None
+
+
 # ---- 5. Status: what attempts, steps and runs look like to a reader ----
 
 COMPLETED, FAILED, RUNNING, PENDING, UNKNOWN = (
@@ -3176,7 +3204,7 @@ def _attempts_unknown(step_name: str) -> Optional[int]:
 # 7. + without heartbeats, that is plain local mode, only the disk can tell. A task may compute for hours and
 #    write nothing, so while one is unfinished only `local_cutoff` of silence makes the run failed. If none is
 #    unfinished, or one has failed, Metaflow would go on within seconds (minutes with slow cards): failed after
-#    min(local_cutoff, LOCAL_IDLE_CUTOFF).
+#    min(local_cutoff, LOCAL_IDLE_CUTOFF). Nothing survives a boot of its machine: failed at once if silent since.
 
 
 def run_status(
@@ -3190,6 +3218,7 @@ def run_status(
     allowed: Callable[[str], Optional[int]] = _attempts_unknown,
     end_task_ok: Optional[bool] = None,
     scheduled: bool = False,
+    booted_at: Optional[int] = None,
     cutoff: float = RUN_CUTOFF,
     local_cutoff: float = LOCAL_CUTOFF,
 ) -> RunStatus:
@@ -3197,7 +3226,8 @@ def run_status(
 
     alive: True = a connection or lease vouches for the run, False = the last one closed, None = not known.
     lost_at: when it was seen to die. allowed(step): attempts that a step may have (allowed_attempts), None if
-    not known. end_task_ok: see RunSummary.end_said. scheduled: see Liveness.scheduled.
+    not known. end_task_ok: see RunSummary.end_said. scheduled, booted_at: see Liveness.scheduled and
+    machine_booted.
     """
     said = summary.end_said(end_task_ok)
     if said is not None:
@@ -3225,6 +3255,8 @@ def run_status(
         idle = bool(summary.failures) or not summary.unfinished
         silence = min(local_cutoff, LOCAL_IDLE_CUTOFF) if idle else local_cutoff
         end = summary.last_finish if idle else sign
+        if sign is not None and booted_at is not None and sign < booted_at:
+            silence = 0
     if sign is None or now - sign <= silence * 1000:
         return RunStatus(RUNNING, None, elapsed(created_at, now))
     return _run_over(created_at, FAILED, sign if end is None else end)
@@ -7619,6 +7651,7 @@ async def run_state(site: Site, run: RunNode, *, cheap: bool = False) -> RunStat
             lost_at=site.store.signs(run).lost.get(0),
             allowed=limits.get,
             scheduled=site.liveness.scheduled(run),
+            booted_at=machine_booted(site.store.root),
             cutoff=site.settings.run_cutoff,
             local_cutoff=site.settings.local_cutoff,
         )

@@ -32,6 +32,8 @@ from processes import (
     soon,
 )
 
+from mflocal import machine_booted
+
 Start = Callable[..., Started]
 
 # Before 2.14 Metaflow's client opens a connection for every request: then only wrapper, runtime and words tell.
@@ -1239,6 +1241,35 @@ def test_local_mode_reads_what_was_lost(bare: Bare) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=bare.client.root, env=clean_env(), text=True,
                           stdout=subprocess.PIPE, timeout=60)  # fmt: skip
     assert done.stdout.strip() == f"['{bare.task}'] False 1"
+
+
+# -- plain local mode
+
+
+def test_a_local_run_from_before_the_boot(
+    make_service: Callable[..., Client], tmp_path: Path
+) -> None:
+    """It is failed, though it may be silent for longer by the settings; one begun since may compute for days."""
+    booted = machine_booted(str(tmp_path))
+    if booted is None:
+        pytest.skip("this file system does not say who writes to it")
+    for flow, at in (("Old", booted - 60_000), ("New", booted + 60_000)):
+        parts = [flow, str(at * 1000), "start", "1"]
+        keys = ["flow_id", "run_number", "step_name", "task_id"]
+        for depth in range(1, 5):
+            meta = tmp_path.joinpath(".metaflow", *parts[:depth], "_meta")
+            meta.mkdir(parents=True)
+            record = {**dict(zip(keys, parts[:depth])), "user_name": "u", "ts_epoch": at}
+            (meta / "_self.json").write_text(json.dumps(record))
+        record = {**record, "field_name": "attempt", "type": "attempt", "value": "0", "tags": []}
+        (meta / f"sysmeta_attempt_{at}.json").write_text(json.dumps(record))
+        for path in (*meta.iterdir(), meta):
+            os.utime(path, (at / 1000, at / 1000))
+    client = make_service(tmp_path, METAFLOW_LOCAL_SERVICE_LOCAL_CUTOFF="30000000")
+    for flow, status in (("Old", "failed"), ("New", "running")):
+        (run,) = client.get(f"/api/flows/{flow}/runs")["data"]
+        seen = Seen(client, flow, str(run["run_number"]))
+        assert (seen.run, seen.task()) == (status, status)
 
 
 # -- numbers in files

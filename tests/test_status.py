@@ -279,6 +279,19 @@ RUNS = [
      RUNNING_SOON),
     ("gone, beaten since", [START, SLEEPING], SOON, {"lost_at": T + 5_000, "heartbeat": sec(T + 11_000)},
      RUNNING_SOON),
+    # nothing survives a boot of its machine
+    ("silent since before the boot", [START, SLEEPING], NOW, {"booted_at": NOW - 5}, failed(T + 4_000)),
+    ("a change since the boot", [START, ("slow", task(began(T + 4_000), changed=NOW))], NOW, {"booted_at": NOW - 5},
+     (R, None, HOUR)),
+    ("before the boot, but alive", [SLEEPING], NOW, {"booted_at": NOW - 5, "alive": True}, (R, None, HOUR)),
+    ("before the boot, with heartbeats", [SLEEPING], NOW, {"booted_at": NOW, "heartbeat": FRESH}, (R, None, HOUR)),
+    # a scheduler drives it
+    ("scheduled, between its tasks", [START], NOW, {"scheduled": True, "heartbeat": sec(T + 3_000)}, (R, None, HOUR)),
+    ("scheduled, between its tasks, after a boot", [START], NOW, {"scheduled": True, "booted_at": NOW}, (R, None, HOUR)),
+    ("scheduled, silent for longer than a day", [START], T + DAY + HOUR, {"scheduled": True}, failed(T + 3_002)),
+    ("scheduled, a task died", [SLEEPING], NOW, {"scheduled": True, "heartbeat": STALE}, failed(STALE * 1000)),
+    ("scheduled, failed, may be tried again", [START, FAILED], T + 60_000, {"scheduled": True}, (R, None, 60_000)),
+    ("scheduled, failed for good", [START, FAILED], T + 60_000, {"scheduled": True, **allow("boom", 1)}, failed(T + 5_002)),
     # 4, 5: heartbeats
     ("fresh heartbeat", [START, SLEEPING], NOW, {"heartbeat": FRESH}, (R, None, HOUR)),
     ("a task's heartbeat counts", [("slow", task(began(T), beat=FRESH))], NOW, {"heartbeat": sec(T)},
