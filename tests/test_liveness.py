@@ -1184,6 +1184,19 @@ def test_a_worker_is_killed_wherever_it_is_in_a_request(bare: Bare, rest: str) -
     soon(bare.client, bare.pathspec, lambda s: s.task(attempt=1) == "failed")
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("rudely", [False, True])
+@pytest.mark.parametrize("sent", ["POST /flows/F HT", "POST /flows/F HTTP/1.1\r\nHost: localhost\r\n"
+    "Content-Type: application/json\r\nContent-Length: 900\r\n\r\n[1,"])  # fmt: skip
+def test_killed_in_the_middle_of_a_request(bare: Bare, sent: str, rudely: bool) -> None:
+    """Whatever a client had begun to send, its end is its own."""
+    assert bare.worker.connection.sock is not None
+    bare.worker.connection.sock.sendall(sent.encode())
+    time.sleep(0.1)  # so that it is read before the end is
+    bare.worker.close(rudely)
+    soon(bare.client, bare.pathspec, lambda s: s.task() == "failed")
+
+
 def test_the_heartbeat_follows_the_connection(bare: Bare) -> None:
     path = bare.name
     first = bare.client.get(path)["last_heartbeat_ts"]
