@@ -12367,8 +12367,8 @@ def _redirect(url: str) -> str:
             os.setsid()
             os.closerange(0, 3)  # nobody waits for our end on a pipe
             time.sleep(REDIRECT_SECONDS)
-        finally:
             os.unlink(file.name)
+        finally:
             os._exit(0)
     return "file://" + file.name
 

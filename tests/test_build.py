@@ -235,13 +235,24 @@ def test_first_starts_at_once(place: Path) -> None:
     assert len(list((place / "home/.cache/mflocal").glob("mflocal-*/*.py"))) == 1
 
 
-def test_a_damaged_cache_is_mended(place: Path) -> None:
+@pytest.mark.parametrize("how", ["removed", "truncated", "other bytes", "bytecode truncated"])
+def test_a_damaged_cache_is_mended(place: Path, how: str) -> None:
     (place / "home").mkdir()
     assert run(place, "--version").returncode == 0
     (unpacked,) = (place / "home/.cache/mflocal").glob("mflocal-*/mflocal.py")
-    unpacked.unlink()
-    assert run(place, "--version").returncode == 0
-    assert unpacked.exists()
+    whole = unpacked.read_bytes()
+    (compiled,) = unpacked.parent.glob("__pycache__/*.pyc")
+    if how == "bytecode truncated":
+        compiled.write_bytes(compiled.read_bytes()[:5000])
+    else:
+        unpacked.unlink()
+        compiled.unlink()
+        if how != "removed":
+            unpacked.write_bytes(whole[:5000] if how == "truncated" else b"\0" * len(whole))
+    for _ in range(2):
+        done = run(place, "--version")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert unpacked.read_bytes() == whole
 
 
 def test_a_cache_that_others_can_write_is_not_used(place: Path) -> None:
@@ -312,7 +323,7 @@ def test_a_ui_inside(tmp_path: Path, form: str) -> None:
     (tmp_path / "project").mkdir()
     shutil.copy(pyz, tmp_path / "mflocal.pyz")
     try:
-        done = run(tmp_path, "ui", "--no-open")
+        done = run(tmp_path, "ui", "--no-open", "--root", ".")
         assert done.returncode == 0, done.stderr
         import urllib.request
 
@@ -320,6 +331,17 @@ def test_a_ui_inside(tmp_path: Path, form: str) -> None:
             assert b"embedded UI" in answer.read()
     finally:
         run(tmp_path, "stop", "--force")
+
+
+def test_only_a_trusted_users_bundle_beside_the_pyz_is_served(place: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    with zipfile.ZipFile(place / "metaflow-ui-1.zip", "w") as archive:
+        archive.writestr("index.html", "<title>a UI</title>")
+    for owner, expected in ((54321, "No UI bundle found"), (0, "http://")):
+        os.chown(place / "metaflow-ui-1.zip", owner, -1)
+        done = run(place, "ui", "--no-open", "--root", ".")
+        assert done.returncode == 0 and done.stdout.startswith(expected), done
 
 
 def test_a_folder_without_a_page_is_refused(tmp_path: Path) -> None:
