@@ -105,9 +105,8 @@ BACKLOG = 512  # connections queue here while the daemon still imports (the kern
 WS_MAX_MESSAGE = 64 * KIB  # one message, its fragments together (1009)
 WS_MAX_FRAGMENTS = 64  # fragments of one message (1009)
 WS_MAX_SUBSCRIPTIONS = 256  # per connection; the UI holds about 10
-WS_MAX_QUEUE = (
-    32 * MIB
-)  # bytes not yet taken by a slow client before it is dropped: a replay of 10,000 tasks is 8 MiB
+# Bytes not yet taken by a slow client before it is dropped: a replay of 10,000 tasks is 8 MiB.
+WS_MAX_QUEUE = 32 * MIB
 WS_SMALL_QUEUE = 4 * MIB  # the same once all clients together have WS_ALL_QUEUES waiting
 WS_ALL_QUEUES = 64 * MIB
 WS_PING_INTERVAL = 20.0  # s between pings of ours
@@ -115,9 +114,8 @@ WS_PING_TIMEOUT = 10.0  # s of silence after a ping before the connection counts
 
 # Liveness and status.
 RUN_CUTOFF = 60.0  # s after the last heartbeat until a run or task counts as dead
-LOCAL_CUTOFF = (
-    86_400.0  # s of silence on disk until a local-mode run with an unfinished task counts as dead
-)
+# Seconds of silence on disk until a local-mode run with an unfinished task counts as dead.
+LOCAL_CUTOFF = 86_400.0
 
 # The daemon.
 IDLE_TIMEOUT = 300.0  # s without use until it leaves
@@ -129,24 +127,20 @@ KILL_AFTER = 5.0  # s between SIGTERM and SIGKILL for CMD when the daemon cannot
 MAX_RESTARTS = 3  # times in RESTART_WINDOW that `run` brings a dead daemon back
 RESTART_WINDOW = 60.0  # s
 RETRY_PAUSE = 0.25  # s between two of its looks
-PORT_PATIENCE = (
-    15.0  # s for which it tries to get the port back; Metaflow's client asks again for about 30 s
-)
-NO_REPORT = (
-    "it ended without a word"  # what read_ready() says of a daemon that was killed while it started
-)
+# Seconds for which it tries to get the port back; Metaflow's client asks again for about 30 s.
+PORT_PATIENCE = 15.0
+# What read_ready() says of a daemon that was killed while it started.
+NO_REPORT = "it ended without a word"
 LOG_BYTES = 1 * MIB  # size at which daemon.log becomes daemon.log.1
 MAX_STATE_FILE = 64 * KIB  # daemon.json is < 2 KiB; more is not ours
 
 # The store.
-RECORD_LIMIT = (
-    64 * MIB
-)  # one JSON file of the tree; a metadata value of a full body is 16 MiB, escaped more
+# One JSON file of the tree; a metadata value of a full body is 16 MiB, escaped more.
+RECORD_LIMIT = 64 * MIB
 WALK_SLICE = 0.004  # s that a walk over many files may hold the event loop at a time
 WRITE_TRIES = 5  # of one record; a second one is needed only if another program replaces the file
-RACY_NS = (
-    50_000_000  # a directory changed so recently may change again within one tick of its mtime
-)
+# A directory changed so recently may change again within one tick of its mtime.
+RACY_NS = 50_000_000
 RECHECK_AFTER = 1.0  # s for which a task of a very wide run is not stat'ed again
 TASKS_KEPT = 50_000  # tasks kept in memory, about 3 KiB each; runs that are in use may have more
 TASKS_REST = 60.0  # s for which a run that was asked for keeps its tasks
@@ -156,13 +150,11 @@ SIGNS_FILE = "_mflocal.json"  # in a run's or task's `_meta`; local mode reads o
 
 # Status.
 START_JITTER = 100  # ms between the making of a run's id and its record in local mode: 1 to 5
-LOCAL_IDLE_CUTOFF = (
-    300.0  # the same when no task is unfinished, or one has failed: longer than cards take
-)
+# The same when no task is unfinished, or one has failed: longer than cards take.
+LOCAL_IDLE_CUTOFF = 300.0
 FAILED_CUTOFF = 30.0  # s without a heartbeat after a failed task: two beats missed, no retry begun
-SCHEDULER_RETRY = (
-    1800.0  # s after a failed task in which a scheduler may try again; Airflow waits 5 min
-)
+# Seconds after a failed task in which a scheduler may try again; Airflow waits 5 min.
+SCHEDULER_RETRY = 1800.0
 MAX_TASK_ATTEMPTS = 6  # Metaflow never starts a seventh attempt (its MAX_ATTEMPTS)
 FALLBACK_ATTEMPTS = 3  # attempts that @catch adds to those of @retry (its NUM_FALLBACK_RETRIES)
 
@@ -192,9 +184,8 @@ SEARCH_SECONDS = 60.0  # for one SEARCH_SLICE, with its waiting for other search
 READER_BATCH = 200  # artifacts of one worker
 READER_IDLE = 60.0  # s without a request after which the child ends; a new one takes 15 ms
 READ_AHEAD = 32 * MIB  # packed bytes that a worker holds
-WORKER_MEMORY = (
-    512 * MIB
-)  # beyond what it has when it starts; a pickle of 1 MiB may come to 200 MiB
+# Beyond what it has when it starts; a pickle of 1 MiB may come to 200 MiB.
+WORKER_MEMORY = 512 * MIB
 WORKER_CPU = 2  # s for one value or pattern: equal hashes make sets and dicts quadratic
 LOG_CPU = 30  # s for a page of a log; 80 MB take half a second
 DOWNLOAD_CPU = 600  # s for a whole log
@@ -204,32 +195,27 @@ LOG_HEADER = 512  # bytes at the start of a line in which its header must end; M
 LOG_LINE_BYTES = 1 * MIB  # of one line in a page; the rest is in the download
 LOG_PAGE_BYTES = 16 * MIB  # of all lines in a page; a page has up to 10,000 lines
 LOG_PAGE_ROWS = 100_000  # of one page, also for `_limit=0`, which means all
-LOG_INDEX_LINES = (
-    2_000_000  # of one log; 75 bytes of memory each while it is read, about 250 MB of log
-)
+# Of one log; 75 bytes of memory each while it is read, about 250 MB of log.
+LOG_INDEX_LINES = 2_000_000
 LOG_INDEX_BYTES = 1024 * MIB  # of one log: an archive can bring a sparse file of any length
 CARD_BYTES = 64 * MIB  # of one card's data
 CARD_LIMIT = 1000  # cards of one task; the real service's page has as many
 MAX_CLONES = 10  # resumes of resumes that a card is looked for in
 
 # HTTP out.
-MAX_CHUNK_EXTENSIONS = (
-    16 * KIB
-)  # bytes of chunk extensions in one body; nobody sends them, all are ignored
+# Bytes of chunk extensions in one body; nobody sends them, all are ignored.
+MAX_CHUNK_EXTENSIONS = 16 * KIB
 # What Metaflow's client reads to choose its features; from 2.6.1 on it would switch to cursor paging.
 SERVICE_VERSION = "2.5.0"
 
 # Access.
 KEY_HEADER = "x-api-key"  # what Metaflow's client sends when METAFLOW_SERVICE_AUTH_KEY is set
-KEY_COOKIE = (
-    "mflocal_key"  # what a browser that opened the one-time URL sends; good for reading only
-)
-KEYLESS_PATHS = frozenset(
-    ("/ping",)
-)  # says nothing but that we live, to those who do not know the key yet
-PREFLIGHT_MAX_AGE = (
-    600  # s that a browser may remember a preflight; the most that all of them honour
-)
+# What a browser that opened the one-time URL sends; good for reading only.
+KEY_COOKIE = "mflocal_key"
+# Says nothing but that we live, to those who do not know the key yet.
+KEYLESS_PATHS = frozenset(("/ping",))
+# Seconds that a browser may remember a preflight; the most that all of them honour.
+PREFLIGHT_MAX_AGE = 600
 
 # The metadata API.
 PATTERN_TIMEOUT = 10.0  # s for a client's pattern, with its waiting for others
@@ -240,29 +226,25 @@ LEASE_HEADER = "x-mflocal-lease"
 REDIRECT_SECONDS = 60.0  # s for which `mflocal ui` keeps the page that leads the browser to it
 
 # Subscriptions.
-COALESCE = (
-    0.05  # s for which changes are collected: what one request writes about one task is one frame
-)
+# Seconds for which changes are collected: what one request writes about one task is one frame.
+COALESCE = 0.05
 WATCH_INTERVAL = 1.0  # s between two looks at what no event tells of, while somebody subscribes
 JUDGE_FAILED = 5.0  # s for which a failure that nothing proves is believed: the run may come back
 WATCHED_RUNS = 30  # newest runs per flow that are judged for the lists of runs: a page of the UI
 SETTLED_AFTER = 10_000  # ms after which the directory of a finished task is not looked at any more
-UNNOTICED = (
-    10  # s before `since` that are replayed too: the UI needs 7 s to notice that its socket is dead
-)
+# Seconds before `since` that are replayed too: the UI needs 7 s to notice that its socket is dead.
+UNNOTICED = 10
 REPLAY_SECONDS = 300  # how far back `since` goes, as in the real service
-RUN_AT_ONCE = (
-    300  # tasks up to which a run is judged with every event; larger ones once per WATCH_INTERVAL
-)
+# Tasks up to which a run is judged with every event; larger ones once per WATCH_INTERVAL.
+RUN_AT_ONCE = 300
 WS_MAX_RESOURCE = 8 * KIB  # characters of a subscription's resource, as a request line
 WS_MAX_UUID = 256  # characters of a subscription's uuid; it is repeated in every frame
 FAILED_FOR_LONG = 600_000  # ms after which a failed run is judged again only every JUDGE_FAILED s
 
 # The UI API.
 API_PREFIX = "/api"  # the UI's default place for its API on its own origin
-COMPLETED_TASKS = (
-    25  # tasks per step whose artifact names are offered for completion: they hardly differ
-)
+# Tasks per step whose artifact names are offered for completion: they hardly differ.
+COMPLETED_TASKS = 25
 WIDE_RUN = 200  # tasks from which on pages that follow each other do not look at each of them again
 FAULTS_NAMED = 100  # objects that cannot be shown which the log names
 SEARCH_SLICE = 50  # artifacts read at once by a search, between two messages of progress
@@ -280,12 +262,12 @@ REQUESTS_IN_ROW = 16  # pipelined requests that are answered before others have 
 UI_FILE_BYTES = 64 * MIB  # of one file of a zipped UI; the official one's largest has 5 MiB
 UI_BUNDLE_BYTES = 256 * MIB  # of all of them, unpacked; a small zip can hold gigabytes
 HALF_CLOSED = 1.0  # s for a handler whose client sends no more: it still reads (nc), or is dead
-ONE_SHOT = (
-    1.0  # s: who closes a connection so soon after its only request keeps none, and has not died
-)
+# S: who closes a connection so soon after its only request keeps none, and has not died.
+ONE_SHOT = 1.0
 SIGNS_INTERVAL = 5.0  # s between two writes of the heartbeats; half of what Metaflow's client waits
 CONTROL_PREFIX = "/_mflocal/"  # the daemon's own routes (section 15)
 
+MAX_CONFIG = 4 * MIB  # of a config.json of Metaflow
 ENV_PREFIX = "METAFLOW_LOCAL_SERVICE_"
 HEARTBEAT_MODES = ("auto", "connection", "sidecar")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -610,8 +592,7 @@ def _json_file(path: str) -> Mapping[str, Any]:
     if not os.path.exists(path):
         return {}
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        value = json.loads(read_regular(path, MAX_CONFIG, follow=True))
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError("cannot read Metaflow's configuration %s: %s" % (path, error)) from None
     if not isinstance(value, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,11 @@ def test_flags_on_the_command_line(project: Path) -> None:
     state = json.loads((project / ".metaflow/.mflocal/daemon.json").read_text())
     assert state["options"]["allowed_hosts"] == ["a", "b", "c"] and state["host"] == "::"
     assert run("status", "-q", cwd=project).returncode == 0
+    for host in (socket.gethostname(), "127.1", "0"):  # and the starter may ask it
+        run("stop", cwd=project, check=True)
+        run("start", "--host", host, cwd=project, env=env, check=True)
+        assert run("run", "-q", "true", cwd=project, env=env).returncode == 0
+        assert run("url", cwd=project).returncode == 0
     for words in (
         ["--port", "x"],
         ["--host", "a b"],
@@ -247,6 +253,15 @@ def test_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(mflocal.SettingsError, match="configuration"):
         mflocal.find_root(None, {"METAFLOW_HOME": str(tmp_path)}, str(tmp_path))
+
+
+def test_a_pipe_in_the_place_of_a_configuration_hangs_nobody(project: Path) -> None:
+    (project / ".metaflow").mkdir()
+    os.mkfifo(project / ".metaflow/config.json")
+    for words in (["status"], ["run", "true"]):
+        done = run(*words, cwd=project)
+        assert done.returncode == 2 and ".metaflow/config.json" in done.stderr
+    (project / ".metaflow/config.json").unlink()
 
 
 def test_missing_profile_is_named(tmp_path: Path) -> None:
