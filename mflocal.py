@@ -11923,6 +11923,7 @@ class _Witness:
     """
 
     def __init__(self, numbers: Collection[int]) -> None:
+        self._numbers = numbers
         self._seen: Dict[int, float] = {}  # signal number -> monotonic time
         ask_r, self._ask = os.pipe()
         self._told, told_w = os.pipe()
@@ -11945,9 +11946,11 @@ class _Witness:
 
     def saw(self, number: int) -> bool:
         """Whether the signal that we have just got went to the whole group."""
-        time.sleep(SIGNAL_SPREAD)
+        # The next signal waits for its turn: two who ask at once would take each other's answers.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
         told = b""
         try:
+            time.sleep(SIGNAL_SPREAD)
             os.write(self._ask, b"?")
             while b"\0" not in told and select.select([self._told], [], [], WITNESS_TIMEOUT)[0]:
                 told += os.read(self._told, 256) or b"\0"
@@ -11955,7 +11958,9 @@ class _Witness:
             pass  # somebody has ended it: every signal counts as ours alone
         now = time.monotonic()
         self._seen.update(dict.fromkeys(told, now))
-        return now - self._seen.get(number, -SIGNAL_MEMORY) < SIGNAL_MEMORY
+        by_group = now - self._seen.get(number, -SIGNAL_MEMORY) < SIGNAL_MEMORY
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return by_group
 
 
 def _no_handler(_number: int, _frame: Any) -> None:
@@ -11983,6 +11988,7 @@ class _Wrapper:
         self._lost_at = 0.0  # monotonic
         self._restarts: List[float] = []
         self._pid = 0
+        self._early: List[int] = []  # signals that came before CMD was there
         self._status: Optional[int] = None
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_r, False)
@@ -12020,8 +12026,8 @@ class _Wrapper:
             code = getattr(error, "errno", errno.ENOENT)  # ValueError: no name, or a NUL in it
             complain("cannot run %s: %s" % (words[0] or "''", os.strerror(code)))
             return 127 if code in (errno.ENOENT, errno.ENOTDIR) else 126
-        for number in self._woken():
-            self._forward(number, False)  # CMD was not there yet when it came
+        for number in self._early:
+            self._forward(number, False)
         try:
             while not self._reap():
                 self._wait()
@@ -12037,7 +12043,7 @@ class _Wrapper:
     # -- signals --
 
     def _catch_signals(self) -> Collection[int]:
-        """Let every signal wake _wait(), blocked ones too. Returns the mask that CMD is to inherit."""
+        """Hear every signal, blocked ones too. Returns the mask that CMD is to inherit."""
         numbers = {
             number
             for number in signal.valid_signals() - _NOT_FORWARDED
@@ -12046,17 +12052,17 @@ class _Wrapper:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         self._witness = _Witness(numbers)
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
-        for number in {*numbers, signal.SIGCHLD}:
-            signal.signal(number, _no_handler)
+        signal.signal(signal.SIGCHLD, _no_handler)
+        for number in numbers:
+            signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*numbers, signal.SIGCHLD})
         return mask
 
-    def _woken(self) -> List[int]:
-        """The signals that came since the last call."""
-        try:
-            return [number for number in os.read(self._wake_r, 4096) if number != signal.SIGCHLD]
-        except BlockingIOError:
-            return []
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if not self._pid:
+            self._early.append(number)
+        elif self._status is None:
+            self._forward(number, self._witness.saw(number))
 
     def _forward(self, number: int, by_group: bool) -> None:
         """Hand a signal to CMD, which has got it already if it went to the process group that we share."""
@@ -12069,11 +12075,10 @@ class _Wrapper:
         except OSError:
             pass
         if number == signal.SIGTSTP:
-            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-            os.kill(
-                os.getpid(), signal.SIGTSTP
-            )  # the shell waits for us to stop; SIGCONT goes on here
-            signal.signal(signal.SIGTSTP, _no_handler)
+            # The shell waits for us to stop; after SIGCONT we go on behind kill().
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            signal.signal(number, self._on_signal)
 
     def _reap(self) -> bool:
         """Reap what has ended: CMD, daemons that we started, as PID 1 every orphan. True once CMD has ended."""
@@ -12100,9 +12105,8 @@ class _Wrapper:
         if self._retry_at is not None:
             pause = max(0.0, self._retry_at - time.monotonic()) * 1000
         events = [fd for fd, _ in poll.poll(pause)]
-        for number in self._woken():
-            if not self._reap():
-                self._forward(number, self._witness.saw(number))
+        if self._wake_r in events:
+            os.read(self._wake_r, 4096)
         if self._reap():
             return
         if self._ready_fd in events:
@@ -12214,7 +12218,7 @@ class _Wrapper:
                 os.waitpid(self._pid, 0)
                 break
             if poll.poll(left * 1000):
-                self._woken()
+                os.read(self._wake_r, 4096)
         return EXIT_DAEMON
 
 

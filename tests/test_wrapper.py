@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -152,10 +154,13 @@ class Terminal:
     """An interactive bash on a terminal of its own."""
 
     def __init__(self, cwd: Path) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(cwd)
-            os.execvpe("bash", ["bash", "--norc", "-i"], clean_env(PS1="$ ", HISTFILE=""))
+        self.fd, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            ["bash", "--norc", "-i"], cwd=cwd, env=clean_env(PS1="$ ", HISTFILE=""),
+            stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
         self.seen = ""
 
     def type(self, text: str) -> None:
@@ -192,9 +197,9 @@ def test_job_control(served: Path) -> None:
         terminal.type("echo code $?\n")
         terminal.until("code 130")
     finally:
-        os.kill(terminal.pid, signal.SIGKILL)
+        terminal.process.kill()
+        terminal.process.wait()
         os.close(terminal.fd)
-        os.waitpid(terminal.pid, 0)
 
 
 def test_exporters_know_nothing_of_the_lease(served: Path) -> None:
