@@ -574,6 +574,16 @@ class ClientConfig:
             return self._environ[name]
         return self._files.get(name)
 
+    def datastores(self) -> List[Tuple[str, str]]:
+        """(type, place) for each METAFLOW_DATASTORE_SYSROOT_<TYPE>: where the user keeps artifacts."""
+        prefix = "METAFLOW_DATASTORE_SYSROOT_"
+        found = []
+        for name in {*self._environ, *self._files}:
+            place = self.get(name) if name.startswith(prefix) else None
+            if place and isinstance(place, str):
+                found.append((name[len(prefix) :].lower(), place))
+        return found
+
     @functools.cached_property
     def _files(self) -> Mapping[str, Any]:
         home = self._environ.get("METAFLOW_HOME", "~/.metaflowconfig")
@@ -804,38 +814,32 @@ def list_elements(data: bytes) -> Iterator[Any]:
 
 # -- names. What passes here may become a file name; nothing else may.
 
-_RUN_ID = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}")
-_RESERVED = frozenset(
-    (".", "..", "_meta", "data", "latest_run")
-)  # the last three are local mode's own
-_CONTROL = re.compile(r"[\x00-\x1f\x7f/]")
+# The last three are local mode's own.
+_RESERVED = frozenset((".", "..", "_meta", "data", "latest_run"))
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text can be one part of a path."""
+    try:
+        return (
+            "/" not in text
+            and "\0" not in text
+            and text not in ("", ".", "..")
+            and len(text.encode("utf-8")) <= MAX_FILE_NAME
+        )
+    except UnicodeEncodeError:
+        return False
 
 
 def is_flow_name(text: str) -> bool:
     """Flows and steps are Python identifiers whose directory name fits."""
-    return (
-        text.isidentifier()
-        and text != "_meta"
-        and len(text.encode("utf-8", "replace")) <= MAX_FILE_NAME
-    )
+    return text.isidentifier() and text != "_meta" and is_file_name(text)
 
 
-def is_run_id(text: str) -> bool:
-    """Run and task ids: letters, digits and ._:- but neither `.` nor `..`."""
-    return _RUN_ID.fullmatch(text) is not None and text not in _RESERVED
-
-
-def is_field_name(text: str, overhead: int) -> bool:
-    """Artifact and metadata names: anything that makes one file name of at most 255 bytes.
-
-    `overhead` is the number of bytes that local mode's file name adds around the name.
-    """
-    try:
-        return (
-            _CONTROL.search(text) is None and len(text.encode("utf-8")) + overhead <= MAX_FILE_NAME
-        )
-    except UnicodeEncodeError:
-        return False
+def is_id(text: str) -> bool:
+    """Run and task ids: any one part of a path that upsets neither a terminal nor local mode's own names."""
+    return text not in _RESERVED and is_file_name(text) and _CONTROL.search(text) is None
 
 
 def is_number(text: str) -> bool:
@@ -873,8 +877,8 @@ def split_metadata_file(name: str) -> Optional[Tuple[str, int]]:
     """(field name, ms) of a metadata file name, or None."""
     if not (name.startswith("sysmeta_") and name.endswith(".json")):
         return None
-    field, _, ms = name[8:-5].rpartition("_")
-    return (field, int(ms)) if field and ms.isascii() and ms.isdigit() and len(ms) < 16 else None
+    field, found, ms = name[8:-5].rpartition("_")
+    return (field, int(ms)) if found and ms.isascii() and ms.isdigit() and len(ms) < 16 else None
 
 
 def split_artifact_file(name: str) -> Optional[Tuple[int, str]]:
@@ -1014,24 +1018,22 @@ def tag_list(value: Any, what: str) -> List[str]:
 
 
 def metadata_body(value: Any) -> List[Record]:
-    """The rows of POST metadata, checked; all of them are stored or none. Raises Problem(400)."""
+    """The rows of POST metadata. No odd value of a decorator is refused: the step that sent it would fail.
+
+    What is not text becomes text, except `value`, which keeps its JSON type as in local mode.
+    """
     rows = []
-    for place, row in enumerate(_list_body(value)):
-        what = f"row {place}"
+    for row in _list_body(value):
         clean: Record = {}
         for key in ("field_name", "type", "user_name"):
             if row.get(key) is not None:
-                clean[key] = text_of(row[key], f"{what}: {key}", _NAME_LIMIT)
+                clean[key] = value_text(row[key])
         if "value" in row:
             data = row["value"]
-            plain = isinstance(data, list) and all(isinstance(x, (str, int, float)) for x in data)
-            clean["value"] = data if plain else text_of(data, f"{what}: value")
+            clean["value"] = value_text(data) if isinstance(data, (int, float)) else data
         for key in ("tags", "system_tags"):
-            if row.get(key) is not None:
-                clean[key] = tag_list(row[key], f"{what}: {key}")
-        name = clean.get("field_name", " ")
-        if not name or not is_field_name(name, len("sysmeta__.json") + 13):
-            raise Problem(400, f"{what}: field_name {name!r:.80} cannot be a file name")
+            if isinstance(row.get(key), list):
+                clean[key] = [tag for tag in row[key] if isinstance(tag, str)]
         rows.append(clean)
     return rows
 
@@ -1051,9 +1053,7 @@ def artifact_body(value: Any) -> List[Record]:
             if row.get(key) is not None:
                 clean[key] = tag_list(row[key], f"{what}: {key}")
         clean["attempt_id"] = attempt_number(row.get("attempt_id", 0), what)
-        if not is_field_name(
-            clean.get("name", " "), len("_artifact_.json") + len(str(clean["attempt_id"]))
-        ):
+        if not is_file_name(artifact_file(clean["attempt_id"], clean.get("name", " "))):
             raise Problem(400, f"{what}: name {clean.get('name', ' ')!r:.80} cannot be a file name")
         rows.append(clean)
     return rows
@@ -1218,7 +1218,12 @@ def value_text(value: Any) -> Optional[str]:
         return value
     if isinstance(value, list) and not any([isinstance(item, (list, dict)) for item in value]):
         return "{" + ",".join([_array_item(value_text(item)) for item in value]) + "}"
-    return text_of(value, "value") if isinstance(value, (bool, int, float)) else json.dumps(value)
+    if isinstance(value, (bool, int, float)):
+        return text_of(value, "value")
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return "nested too deeply"
 
 
 def truth(value: Any) -> Optional[bool]:
@@ -1755,27 +1760,26 @@ class Store:
                 raise Problem(500, f"cannot write {directory}: {place} is a link", id="disk-error")
 
     async def add_metadata(self, task: TaskNode, rows: List[Record]) -> int:
-        """Writes checked metadata rows, all or none, one file each; returns how many.
+        """Writes metadata rows, all or none, one file each; returns how many.
 
-        A field that already has a record of this millisecond gets the next free one: local mode loses it.
+        The times in their file names rise by 1 ms from row to row, and with them the ids: the rows keep their
+        order, and no field overwrites itself as it does in local mode. Their `ts_epoch` is the same.
         """
         run, meta = task.run, f"{task.path}/_meta"
         self._check_place(meta)
         ids = {"run_number": run.id, "step_name": task.step.name, "task_id": task.id}
         ms, pace, written = now_ms(), Pacer(), []
         records: List[Record] = []
-        free: Dict[str, int] = {}  # field -> its next ms to try
+        at = ms
         try:
             for row in rows:
-                field = row.get("field_name", " ")
-                at = free.get(field, ms)
-                while os.path.lexists(path := f"{meta}/{metadata_file(field, at)}"):
+                record = metadata_record(ids, run.flow, row, ms)
+                while os.path.lexists(path := f"{meta}/{metadata_file(record['field_name'], at)}"):
                     at += 1
-                free[field] = at + 1
-                record = metadata_record(ids, run.flow, row, at)
                 self._write(path, record)
                 written.append(path)
                 records.append(record)
+                at += 1
                 await pace()
         except Problem:
             _remove(written)
@@ -2013,7 +2017,7 @@ class Store:
             return None
         node = parent.children.get(run_id)
         if node is None:
-            if not is_run_id(run_id):
+            if not is_id(run_id):
                 return None
             node = RunNode(parent, run_id)
             if not _is_directory(node.path) or not self._valid(node):
@@ -2046,7 +2050,7 @@ class Store:
         """A task of a step, revalidated; None when there is none."""
         node = step.children.get(task_id)
         if node is None:
-            if not is_run_id(task_id):
+            if not is_id(task_id):
                 return None
             node = TaskNode(step, task_id)
             if not _is_directory(node.path) or not self._valid(node):
@@ -2139,7 +2143,7 @@ class Store:
 
     async def runs(self, flow: FlowNode) -> List[RunNode]:
         """All runs of a flow, newest first. Rows read before are not all checked again here: see `check`."""
-        self._scan(flow, lambda name: RunNode(flow, name), is_run_id)
+        self._scan(flow, lambda name: RunNode(flow, name), is_id)
         if flow.listed is None:
             found = await self._readable(
                 list(flow.children.values()), lambda node: self._found(flow, node), flow.baseline
@@ -2198,7 +2202,7 @@ class Store:
             self._tell(Event("task", self._flows[step.run.flow], step.run, step, node))
 
         step.run.used = time.monotonic()
-        self._scan(step, lambda name: TaskNode(step, name), is_run_id)
+        self._scan(step, lambda name: TaskNode(step, name), is_id)
         if step.listed is None:
             found = await self._readable(list(step.children.values()), tell, step.baseline)
             step.baseline = True
@@ -2209,7 +2213,7 @@ class Store:
 
     def task_nodes(self, step: StepNode) -> List[TaskNode]:
         """The tasks that a step has on disk, in no order and their `_self.json` perhaps not read yet."""
-        self._scan(step, lambda name: TaskNode(step, name), is_run_id)
+        self._scan(step, lambda name: TaskNode(step, name), is_id)
         return list(step.children.values())
 
     def trim(
@@ -2358,7 +2362,7 @@ class Store:
                 half = half or _may_grow(f"{meta}/{name}")
         if kind == "metadata":
             _number(rows)
-            rows.sort(key=lambda r: (r["ts_epoch"], r["id"]), reverse=True)
+            rows.sort(key=lambda r: (-r["ts_epoch"], r["id"]))
         else:
             rows.sort(key=lambda r: (-r["attempt_id"], r["name"]))
         if _settled(mtime) and not half:
@@ -2705,6 +2709,10 @@ class Liveness:
         if certain or not self._store.signs(node).beats:
             if not self._finished(node, attempt):
                 self._store.mark_lost(node, max(attempt, 0), now_ms())
+
+    def holds_lease(self, lease: Optional[str]) -> bool:
+        """Whether a request with this lease comes from the command of a living `mflocal run`."""
+        return lease in self._leases
 
     def command_ended(self, lease: str) -> None:
         """A wrapper's command ended by itself: what it left unfinished has died.
@@ -7386,6 +7394,16 @@ class Made(NamedTuple):
     row: Record
 
 
+def is_below(place: str, root: str) -> bool:
+    """Whether a path or URL is `root` or below it, whatever `..` it holds."""
+    if "://" in root:
+        return ".." not in place.split("/") and f"{place}/".startswith(f"{root.rstrip('/')}/")
+    return any(
+        f"{os.path.normpath(place)}/".startswith(f"{path.rstrip('/')}/")
+        for path in (os.path.normpath(root), os.path.realpath(root))
+    )
+
+
 class Site:
     """All there is to know about one root; `rows` makes the rows of lists and of what subscriptions push.
 
@@ -7406,6 +7424,36 @@ class Site:
         self.reader = Reader(settings.metaflow_dir, [os.path.join(settings.root, "data")])
         self._log = log
         self._faults: Set[str] = set()
+        # In a directory like /tmp others have their files below our root too.
+        shared = os.path.isdir(settings.root) and os.stat(settings.root).st_mode & stat.S_IWOTH
+        self._datastores = [("local", settings.metaflow_dir if shared else settings.root)]
+        try:
+            self._datastores += ClientConfig(os.environ, settings.root).datastores()
+        except SettingsError:
+            pass  # whoever starts a flow is told
+
+    def check_place(self, location: Any, ds_type: Any = None) -> None:
+        """Problem(400) unless artifacts may be at a `location` or `ds-root`.
+
+        Metaflow's client unpickles what it finds there, so whoever names the place runs code as its user.
+        """
+        if not isinstance(location, str) or not location.strip():
+            return
+        place = location[len(":root:") :] if location.startswith(":root:") else location
+        for kind, root in self._datastores:
+            if ds_type in (None, " ", "", kind) and is_below(place, root):
+                return
+        raise Problem(
+            400,
+            f"{location!r:.200} is neither below {self.settings.root} nor in a datastore that "
+            "METAFLOW_DATASTORE_SYSROOT_* names where mflocal runs",
+        )
+
+    def log_once(self, text: str) -> None:
+        """A line for the daemon's log, unless it is there already."""
+        if text not in self._faults and len(self._faults) < FAULTS_NAMED:
+            self._faults.add(text)
+            self._log(text)
 
     async def nodes(self, target: Target, most: Optional[int] = None) -> List[Any]:
         """What the rows of a target are made of, newest first; at least the newest `most` of several runs."""
@@ -8204,15 +8252,25 @@ class MetadataApi:
         for task in await self.store.run_tasks(run) if run else []:
             rows += [metadata_row(record) for record in await self.store.metadata(task)]
             await pace()
-        rows.sort(key=lambda row: (row["ts_epoch"], row["id"]), reverse=True)
+        rows.sort(key=lambda row: (-row["ts_epoch"], row["id"]))
         return await self._listed(request, rows, ("id",))
 
     async def post_metadata(self, request: Request) -> Response:
-        """POST .../tasks/{task}/metadata: all rows or none."""
+        """POST .../tasks/{task}/metadata: all rows but those that cannot be files."""
         task = self._maybe_task(request)
         if task is None:
-            raise Problem(400, "need to register run_id and task_id first")
-        rows = metadata_body(await request.rows())
+            return _not_registered()
+        rows = []
+        for row in metadata_body(await request.rows()):
+            if row.get("field_name") == "ds-root":
+                self._check_place(request, row.get("value"))
+            name = row.get("field_name", " ")
+            if is_file_name(metadata_file(name, now_ms())):
+                rows.append(row)
+            else:
+                self.site.log_once(
+                    f"metadata field {name!r:.100} cannot be a file name: not stored"
+                )
         created = await self.store.add_metadata(task, rows)
         for row in rows:
             if row.get("field_name") == "attempt":
@@ -8281,9 +8339,17 @@ class MetadataApi:
         """POST .../tasks/{task}/artifact: all rows or none; a name known for its attempt is not counted."""
         task = self._maybe_task(request)
         if task is None:
-            raise Problem(400, "need to register run_id and task_id first")
-        created = await self.store.add_artifacts(task, artifact_body(await request.rows()))
+            return _not_registered()
+        rows = artifact_body(await request.rows())
+        for row in rows:
+            self._check_place(request, row.get("location"), row.get("ds_type"))
+        created = await self.store.add_artifacts(task, rows)
         return json_response({"artifacts_created": created})
+
+    def _check_place(self, request: Request, place: Any, ds_type: Any = None) -> None:
+        # A command under `mflocal run` is the user's own, and may have other settings than the daemon.
+        if not self.liveness.holds_lease(request.headers.get(LEASE_HEADER)):
+            self.site.check_place(place, ds_type)
 
     # -- paging
 
@@ -8320,11 +8386,17 @@ def _own_id(value: Any, what: str) -> Optional[str]:
         raise Problem(
             400, f"the provided {what} may not be a number: numbers are given by the service"
         )
-    if not is_run_id(value):
+    if not is_id(value):
         raise Problem(
-            400, f"{what} {value!r:.100} must be 1 to 128 of the characters A-Z a-z 0-9 . _ : -"
+            400, f"{what} {value!r:.100} cannot be the name of a directory of at most 255 bytes"
         )
     return value
+
+
+def _not_registered() -> Response:
+    # The real service's `message`, beside what every error of ours has.
+    text = "need to register run_id and task_id first"
+    return json_response({**Problem(400, text).body(), "message": text}, 400)
 
 
 _BEAT = Response(200, rb'"{\"wait_time_in_seconds\": 10}"', JSON_TYPE)
@@ -11108,8 +11180,10 @@ def _spawn(root: str, stdin: int, log: int, keep: Tuple[int, ...]) -> int:
         code = f"import runpy; runpy.run_path({here!r}, run_name='mflocal')['daemon_main']()"
     command = [sys.executable, "-s" if "PYTHONHOME" in os.environ else "-I", "-S"]
     command += ["-X", f"utf8={sys.flags.utf8_mode}", "-c", code, "mflocal daemon", root]
+    # Of Metaflow's settings only those that say where artifacts may be: Site.check_place.
     scrubbed = ("METAFLOW_", "PYTHON", "SHIV_")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(scrubbed) or k == "PYTHONHOME"}
+    kept = ("METAFLOW_DATASTORE_SYSROOT_", "METAFLOW_HOME", "METAFLOW_PROFILE", "PYTHONHOME")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(scrubbed) or k.startswith(kept)}
     process = subprocess.Popen(
         command, stdin=stdin, stdout=log, stderr=log, env=env, pass_fds=keep, start_new_session=True
     )

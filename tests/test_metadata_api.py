@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 from pathlib import Path
@@ -77,8 +78,11 @@ def metadata(field: str, value: Any, attempt: int = 0, **more: Any) -> dict[str,
             "system_tags": SYSTEM, **more}  # fmt: skip
 
 
+ROOT = os.path.realpath(tempfile.gettempdir())  # above all roots of these tests
+
+
 def artifact(name: str, attempt: Any = 0, **more: Any) -> dict[str, Any]:
-    return {"name": name, "location": f"/loc/{name}/{attempt}", "ds_type": "local", "sha": "abc", "user_name": "tester",
+    return {"name": name, "location": f"{ROOT}/{name}/{attempt}", "ds_type": "local", "sha": "abc", "user_name": "tester",
             "type": "metaflow.artifact", "content_type": "gzip+pickle-v2", "attempt_id": attempt, **more}  # fmt: skip
 
 
@@ -106,8 +110,8 @@ class World:
 
 
 @pytest.fixture
-def world(service: Client) -> World:
-    return World(service)
+def world(make_service: Callable[..., Client]) -> World:
+    return World(make_service(METAFLOW_DATASTORE_SYSROOT_LOCAL=ROOT))
 
 
 # -- flows, runs, steps, tasks
@@ -291,6 +295,10 @@ def test_bad_objects_are_refused_and_leave_nothing(world: World) -> None:
 BAD_NAMES = ["..", ".", "%2e%2e", "a%2Fb", "..%2F..%2Fetc", "a%20b", "a-b", "1a", "a%00b", "%C2%B2", "*", "x" * 256,
              ".mflocal", "~", "a.b", "%0a"]  # fmt: skip
 BAD_IDS = [
+    "a\x1bb",
+    "a\x85b",
+    "ü" * 128,
+    "_meta",
     "12",
     "0",
     "²",
@@ -299,11 +307,9 @@ BAD_IDS = [
     "..",
     "../x",
     "a/b",
-    "a b",
     "a\0b",
     "a\n",
-    "x" * 129,
-    "größe",
+    "x" * 256,
     5,
     0,
     True,
@@ -332,12 +338,87 @@ def test_bad_names_are_refused_and_leave_nothing(world: World) -> None:
     assert files(service.root.parent) == before
 
 
+GOOD_IDS = ["nightly@2026", "a b", "a~b", "a+b", "\u00fc1", "x" * 200, "a%2Fb", "[a]*", "-1", "..."]
+
+
+@pytest.mark.core
+def test_ids_are_any_one_part_of_a_path(world: World) -> None:
+    service = world.service
+    for own in GOOD_IDS:
+        quoted = urllib.parse.quote(own, safe="")
+        run = f"/flows/F/runs/{quoted}"
+        task = f"{run}/steps/start/tasks/{quoted}"
+        assert service.post("/flows/F/run", {"run_number": own})["run_number"] == own
+        service.post(f"{run}/steps/start/step", {})
+        assert service.post(f"{run}/steps/start/task", {"task_id": own})["task_id"] == own
+        service.post(f"{task}/metadata", [metadata("attempt", "0")])
+        assert service.get(run)["run_number"] == own
+        assert service.get(f"{task}/metadata")[0]["task_id"] == own
+        assert service.get(f"/api{task}/metadata")["data"][0]["task_id"] == own
+        assert (service.root / ".metaflow/F" / own / "start" / own / "_meta/_self.json").is_file()
+    listed = {row["run_number"] for row in service.get("/api/flows/F/runs?_limit=100")["data"]}
+    assert set(GOOD_IDS) <= listed
+
+
+@pytest.mark.core
+def test_no_metadata_row_fails_its_step(world: World) -> None:
+    """A decorator may write anything: what local mode would keep is kept, what cannot be a file is left out."""
+    odd = [
+        ("none", None, None), ("dict", {"a": [1]}, '{"a": [1]}'), ("nested", [[1], "a"], '[[1], "a"]'), ("nul", "a\0b", "a\0b"),
+        ("", "no name", "no name"), ("a\nb", "v", "v"), ("f" * 220, "long", "long"), ("nan", True, "true"),
+    ]  # fmt: skip
+    rows = [metadata(field, value) for field, value, _ in odd]
+    unwritable = [metadata(name, "v") for name in ("gpu/0", "f" * 240, "../x", "a\0")]
+    created = world.service.post(f"{world.task}/metadata", [*unwritable, *rows, *unwritable])
+    assert created == {"metadata_created": len(rows)}
+    found = world.service.get(f"{world.task}/metadata")
+    assert {(row["field_name"], row["value"]) for row in found} >= {(f, text) for f, _, text in odd}
+    assert world.service.get(f"/api{world.task}/metadata")["data"]
+
+
+def test_rows_of_one_request_keep_their_order(world: World) -> None:
+    fields = [f"field{i * 7 % 40}" for i in range(40)]
+    world.service.post(f"{world.task}/metadata", [metadata(field, "v") for field in fields])
+    found = [row["field_name"] for row in world.service.get(f"{world.task}/metadata")]
+    assert [field for field in found if field in fields] == fields
+
+
+def test_artifacts_elsewhere_are_refused(service: Client) -> None:
+    """Metaflow's client unpickles what it finds at a location: nobody may aim it at a folder of theirs."""
+    world = World(service)
+    inside = f":root:{service.root}/.metaflow"
+    for place in (
+        ":root:/tmp/evil",
+        "/tmp/evil",
+        f":root:{service.root}/../evil",
+        "s3://evil/x",
+        "x",
+    ):
+        row = artifact("a", location=place, ds_type="s3" if "://" in place else "local")
+        refused(service("POST", f"{world.task}/artifact", [row]), 400, "METAFLOW_DATASTORE_SYSROOT")
+        root = metadata("ds-root", place.replace(":root:", ""))
+        refused(
+            service("POST", f"{world.task}/metadata", [root]), 400, "METAFLOW_DATASTORE_SYSROOT"
+        )
+    assert service.get(f"{world.task}/artifacts") == []
+    row = artifact("a", location=inside)
+    assert service.post(f"{world.task}/artifact", [row]) == {"artifacts_created": 1}
+    assert service.post(f"{world.task}/metadata", [metadata("ds-root", inside[6:])])
+
+
+def test_artifacts_in_configured_places_are_taken(make_service: Callable[..., Client]) -> None:
+    world = World(make_service(METAFLOW_DATASTORE_SYSROOT_S3="s3://ours/flows"))
+    for place, status in (("s3://ours/flows/F/data/1", 200), ("s3://ours/flows2/x", 400)):
+        row = artifact(f"a{status}", location=place, ds_type="s3")
+        assert world.service("POST", f"{world.task}/artifact", [row]).status == status
+
+
 @pytest.mark.core
 def test_unknown_parents_and_objects(world: World) -> None:
     service, run, step = world.service, world.run, world.step
     before = files(service.root)
     for path, word in (
-        ("/flows/NoSuch/run", "NoSuch"), ("/flows/F/runs/9999/steps/s/step", "9999"), ("/flows/NoSuch/runs/1/steps/s/step", "1"),
+        ("/flows/NoSuch/run", "NoSuch"), ("/flows/F/runs/9999/steps/s/step", "9999"), ("/flows/NoSuch/runs/1/steps/s/step", "NoSuch"),
         ("/flows/F/runs/nosuch/steps/s/task", "nosuch"), (f"{run}/steps/zzz/task", "zzz"),
         ("/flows/F/runs/9999/heartbeat", "9999"), (f"{step}/tasks/9999/heartbeat", "9999"),
     ):  # fmt: skip
@@ -573,8 +654,8 @@ def test_metadata_rows(world: World) -> None:
     for row in rows:
         check(row, METADATA, flow_id="F", run_number=world.run_row["run_number"], step_name="start",
               task_id=world.task_row["task_id"])  # fmt: skip
-    assert [(r["ts_epoch"], r["id"]) for r in rows] == sorted(
-        ((r["ts_epoch"], r["id"]) for r in rows), reverse=True
+    assert [(-r["ts_epoch"], r["id"]) for r in rows] == sorted(
+        (-r["ts_epoch"], r["id"]) for r in rows
     )
     assert len({row["id"] for row in rows}) == len(rows) == 10
     values = {row["field_name"]: row for row in rows}
@@ -600,10 +681,7 @@ def test_bad_rows_are_refused_together_with_the_good_ones(world: World) -> None:
     service, before = world.service, files(world.service.root)
     good = {"metadata": metadata("good", "v"), "artifact": artifact("good")}
     for kind, bad in (
-        ("metadata", metadata("f", None)), ("metadata", metadata("f", {"a": 1})), ("metadata", metadata("f", "a\0b")),
-        ("metadata", metadata("../x", "v")), ("metadata", metadata("a/b", "v")), ("metadata", metadata("f" * 256, "v")),
-        ("metadata", metadata("f", "v", tags="x")), ("metadata", metadata("f", "v", type="t" * 256)), ("metadata", "x"),
-        ("metadata", None), ("metadata", []), ("artifact", artifact("../../x")), ("artifact", artifact("a/b")),
+        ("metadata", "x"), ("metadata", None), ("metadata", []), ("artifact", artifact("../../x")), ("artifact", artifact("a/b")),
         ("artifact", artifact("f" * 256)), ("artifact", artifact("f", "abc")), ("artifact", artifact("f", -1)),
         ("artifact", artifact("f", 99999)), ("artifact", artifact("f", sha={})), ("artifact", 5), ("artifact", []),
     ):  # fmt: skip
@@ -684,7 +762,9 @@ def test_artifact_rows(world: World) -> None:
     assert post(artifact("x"), artifact("y"), artifact("größe a-b", tags=["own"])) == 3
     assert post(artifact("x", sha="later"), artifact("new")) == 1
     assert post() == 0 and service.post(path, {}) == {"artifacts_created": 0}
-    assert post(artifact("long", location="l" * 5000), artifact("nullsha", sha=None)) == 2
+    assert (
+        post(artifact("long", location=f"{ROOT}/" + "l" * 5000), artifact("nullsha", sha=None)) == 2
+    )
     rows = service.get(f"{world.task}/artifacts")
     for row in rows:
         check(row, ARTIFACT, flow_id="F", run_number=world.run_row["run_number"], step_name="start", attempt_id=0,
@@ -723,7 +803,7 @@ def test_the_newest_attempt_counts_whatever_the_artifacts_are_called(world: Worl
     service.post(path, [artifact("name"), artifact("x"), artifact("only0")])
     service.post(path, [artifact("name", 1), artifact("x", "1"), artifact("only1", 1)])
     assert {row["name"] for row in service.get(f"{world.task}/artifacts")} == {"name", "x", "only1"}
-    assert service.get(f"{world.task}/artifacts/x")["location"] == "/loc/x/1"
+    assert service.get(f"{world.task}/artifacts/x")["location"] == f"{ROOT}/x/1"
     assert service("GET", f"{world.task}/artifacts/only0").status == 404
     for attempt in range(2, 11):
         service.post(path, [artifact("x", attempt)])
@@ -1008,7 +1088,7 @@ def test_fault_05_nothing_is_written_or_read_outside(world: World, tmp_path: Pat
             assert int(got.split()[1]) in (400, 404, 405), (method, path, got[:200])
             assert b"outside" not in got
     for name in ("../../../x", "/etc/x", "a/../../x", "..\\x/", "\0", "x\0/../y"):
-        refused(service("POST", f"{world.task}/metadata", [metadata(name, "v")]), 400, "field_name")
+        service.post(f"{world.task}/metadata", [metadata(name, "v")])
         refused(service("POST", f"{world.task}/artifact", [artifact(name)]), 400, "name")
         refused(service("POST", "/flows/F/run", {"run_number": name}), 400, "run_number")
         refused(service("POST", f"{world.step}/task", {"task_id": name}), 400, "task_id")
