@@ -100,7 +100,7 @@ class Flow:
             rows.append(
                 {
                     "name": name, "attempt_id": 0, "sha": sha, "ds_type": "local", "type": "t",
-                    "location": f":root:{sha}", "content_type": "gzip+pickle-v4",
+                    "location": f":root:{self.root}", "content_type": "gzip+pickle-v4",
                 }
             )  # fmt: skip
         self.client.post(f"{task}/artifact", rows)

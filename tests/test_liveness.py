@@ -1316,7 +1316,7 @@ def test_odd_numbers_in_files(make_service: Callable[..., Client], tmp_path: Pat
         client.post(
             f"{path}/metadata", [{**row, "field_name": "attempt"}, {**row, "field_name": "x"}]
         )
-        art = {"name": "a", "location": ":root:x", "ds_type": "local", "sha": "0", "attempt_id": 0}
+        art = {"name": "a", "location": " ", "ds_type": "local", "sha": "0", "attempt_id": 0}
         client.post(f"{path}/artifact", [{**art, "type": "metaflow.artifact", "content_type": "t"}])
         client.post(f"{path}/heartbeat", {})
         runs.append((number, path))

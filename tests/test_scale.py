@@ -163,7 +163,7 @@ def costs_of_a_flow(site: Site, flow: str, step: str, task: str) -> dict[str, di
                 "attempt_id": 0,
                 "sha": "0" * 40,
                 "ds_type": "local",
-                "location": "l",
+                "location": " ",
             }
         ]
         settle()
