@@ -1541,8 +1541,12 @@ class Store:
     The index is never the truth: a stat of the file or directory in question comes before each answer.
     """
 
-    def __init__(self, metaflow_dir: str, temp_dir: str) -> None:
+    def __init__(
+        self, metaflow_dir: str, temp_dir: str, log: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.root = metaflow_dir
+        self._log = log
+        self._torn: Set[str] = set()  # paths of records that the log has named
         self.temp_dir = temp_dir
         self._lease_dir = f"{os.path.dirname(temp_dir)}/leases"
         self.listeners: List[Callable[[Event], None]] = []
@@ -1962,7 +1966,7 @@ class Store:
         if sig != node.sig or node.record is None:
             self._unlist(node)
             changed = node.record is not None and isinstance(node, RunNode)
-            record = read_record(path)
+            record = self._read(path)
             if record is None:
                 return False
             _repair(record)
@@ -1973,6 +1977,15 @@ class Store:
             if changed and isinstance(node, RunNode):
                 self._tell(Event("tags", self._flows[node.flow], node))
         return True
+
+    def _read(self, path: str) -> Optional[Record]:
+        """read_record; the log names once what a power cut or a full disk has left empty or torn."""
+        record = read_record(path)
+        if record is None and len(self._torn) < FAULTS_NAMED and path not in self._torn:
+            if not _may_grow(path):
+                self._torn.add(path)
+                self._log(f"{path} is no whole record: it is skipped")
+        return record
 
     def _unlist(self, node: Node) -> None:
         """A run's or task's record came, went or changed: the sorted list that it stands in is no longer right."""
@@ -2288,7 +2301,7 @@ class Store:
             names = [entry.name for entry in entries]
         for name in names:
             if name not in task.read and _is_fact(name):
-                record = read_record(f"{meta}/{name}")
+                record = self._read(f"{meta}/{name}")
                 if record is None:
                     half = half or _may_grow(f"{meta}/{name}")
                     continue
@@ -2373,7 +2386,7 @@ class Store:
         """One metadata or artifact file as a record that belongs to this task, whatever it claims."""
         if kind == "metadata":
             field = split_metadata_file(name)
-            record = read_record(f"{meta}/{name}") if field else None
+            record = self._read(f"{meta}/{name}") if field else None
             if field is None or record is None:
                 return None
             record["ts_epoch"] = moment(record.get("ts_epoch"))
@@ -2382,7 +2395,7 @@ class Store:
             record["id"] = metadata_id(f"{meta}/{name}"[len(self.root) :], field[1])
         else:
             artifact = split_artifact_file(name)
-            record = read_record(f"{meta}/{name}") if artifact else None
+            record = self._read(f"{meta}/{name}") if artifact else None
             if artifact is None or record is None:
                 return None
             record["attempt_id"], record["name"] = artifact
@@ -10277,7 +10290,7 @@ class Service:
         self.identity = identity
         self.log = log
         self.store = Store(
-            os.path.realpath(settings.metaflow_dir), os.path.join(settings.state_dir, "tmp")
+            os.path.realpath(settings.metaflow_dir), os.path.join(settings.state_dir, "tmp"), log
         )
         try:
             self.store.sweep()

@@ -134,6 +134,7 @@ def make_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
                 if told.get("state") == "ready" and told.get("pid") == process.pid:
                     client = Client(f"http://127.0.0.1:{told['port']}", root)
                     client.pid = process.pid  # type: ignore[attr-defined]
+                    client.process = process  # type: ignore[attr-defined]
                     return client
             except (OSError, ValueError):
                 pass

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from conftest import REPO, clean_env, mflocal, wait_for
+from conftest import REPO, Client, clean_env, mflocal, wait_for
 from processes import Started, daemon_state, running
 from wire import BODY, Served
 
@@ -682,3 +682,65 @@ def test_umask_of_the_caller(project: Path) -> None:
             if path.parent.name != "tmp"
         )
         mflocal("stop", "--force", cwd=project, check=True)
+
+
+REPLACE = {
+    "tar": 'tar cf "$0/b.tar" .metaflow && tar xf "$0/b.tar"',
+    "zip": '"$PY" -m zipfile -c "$0/b.zip" .metaflow/*/ && "$PY" -m zipfile -e "$0/b.zip" .metaflow',
+    "sed": "find .metaflow -name '*.json' -not -path '*/.mflocal/*' -exec sed -i s/x/x/ {} +",
+    "cp": 'rm -rf "$0/b" && cp -a .metaflow "$0/b" && cp -a --remove-destination "$0/b/." .metaflow',
+}
+
+
+@pytest.mark.parametrize("tool", sorted(REPLACE))
+def test_replacing_every_file_loses_nothing(service: Client, tmp_path: Path, tool: str) -> None:
+    """A restored backup, an unpacked cache, an editor over all files: between writes and during them."""
+    service.post("/flows/F", {})
+    runs: list[str] = []
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            run = service.post("/flows/F/run", {"tags": ["x"]})["run_number"]
+            path = f"/flows/F/runs/{run}/steps/start"
+            service.post(f"{path}/step", {})
+            task = service.post(f"{path}/task", {})["task_id"]
+            row = {"field_name": "f", "value": "v"}
+            service.post(f"{path}/tasks/{task}/metadata", [row, row])
+            runs.append(f"{path}/tasks/{task}")
+            time.sleep(0.05)
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    try:
+        env = {**os.environ, "PY": sys.executable}
+        for _ in range(3):
+            before = len(runs)
+            # A tool may find that a file changed while it was read: that is the tool's affair.
+            subprocess.run(["sh", "-c", REPLACE[tool], str(tmp_path)], cwd=service.root, env=env,
+                           capture_output=True)  # fmt: skip
+            wait_for(lambda before=before: len(runs) > before)
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+    service.post("/flows/F/run", {})
+    for path in runs:
+        assert len(service.get(f"{path}/metadata")) == 2
+    records = [p for p in (service.root / ".metaflow/F").rglob("*.json") if p.is_file()]
+    assert len(records) > 4 * len(runs) and all(json.loads(p.read_text()) for p in records)
+
+
+def test_empty_records_are_named_once_and_the_rest_is_served(service: Client) -> None:
+    service.post("/flows/F", {})
+    good, bad = (service.post("/flows/F/run", {})["run_number"] for _ in range(2))
+    record = service.root / f".metaflow/F/{bad}/_meta/_self.json"
+    record.write_text("")
+    os.utime(record, (1_700_000_000, 1_700_000_000))
+    for _ in range(3):
+        assert [row["run_number"] for row in service.get("/flows/F/runs")] == [good]
+        assert [row["run_number"] for row in service.get("/api/flows/F/runs")["data"]] == [good]
+    service.process.terminate()
+    told = service.process.stderr.read()
+    assert told.count(str(record)) == 1, told
