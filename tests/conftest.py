@@ -19,6 +19,8 @@ import pytest
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Begun in the background of a shell without job control; what we start would inherit it and hear no Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGQUIT) == signal.SIG_IGN:
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 REPO = Path(__file__).resolve().parent.parent
 MODULE = REPO / "mflocal.py"
