@@ -814,8 +814,8 @@ def list_elements(data: bytes) -> Iterator[Any]:
 
 # -- names. What passes here may become a file name; nothing else may.
 
-# The last three are local mode's own.
-_RESERVED = frozenset((".", "..", "_meta", "data", "latest_run"))
+# Local mode's own.
+_RESERVED = frozenset(("_meta", "data", "latest_run"))
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -838,8 +838,12 @@ def is_flow_name(text: str) -> bool:
 
 
 def is_id(text: str) -> bool:
-    """Run and task ids: any one part of a path that upsets neither a terminal nor local mode's own names."""
-    return text not in _RESERVED and is_file_name(text) and _CONTROL.search(text) is None
+    """Run and task ids: any one part of a path that upsets neither a terminal nor local mode's own names.
+
+    Local mode does not see names that begin with a dot.
+    """
+    hidden = text in _RESERVED or text.startswith(".")
+    return not hidden and is_file_name(text) and _CONTROL.search(text) is None
 
 
 def is_number(text: str) -> bool:

@@ -470,9 +470,9 @@ def test_json_bombs(served: Served) -> None:
     bombs = [
         b"[" * 100_000, b'{"a":' * 100_000, b"[" * 3_000_000, b"9" * 100_000, b"-" + b"9" * 5000, b"NaN", b"-Infinity", b"Infinity",
         b'[{"field_name": "a", "value": NaN}]', b'[{"name": "a", "attempt_id": NaN}]', b'{"user_name": Infinity}',
-        b'[{"field_name": "a", "value": ' + b"9" * 5000 + b"}]", b'[{"field_name": "a", "value": {"a": 1}}]', b"{'a': 1}",
-        b'[{"field_name": "a\\ud800", "value": "v"}]', b'[{"name": "\\udfff"}]', b"\xed\xa0\x80", b"\xff\xfe{\x00}\x00", b"{}{}",
-        b'[{"field_name": "a", "value": "v"}', b"// {}", b'[{"field_name": "a", "value": [[1]]}]', b'{"tags": ["a", {"b": 1}]}',
+        b'[{"field_name": "a", "value": ' + b"9" * 5000 + b"}]", b"{'a': 1}",
+        b'[{"name": "\\udfff"}]', b"\xed\xa0\x80", b"\xff\xfe{\x00}\x00", b"{}{}",
+        b'[{"field_name": "a", "value": "v"}', b"// {}", b'{"tags": ["a", {"b": 1}]}',
     ]  # fmt: skip
     for bomb in bombs:
         for path in (

@@ -338,7 +338,7 @@ def test_bad_names_are_refused_and_leave_nothing(world: World) -> None:
     assert files(service.root.parent) == before
 
 
-GOOD_IDS = ["nightly@2026", "a b", "a~b", "a+b", "\u00fc1", "x" * 200, "a%2Fb", "[a]*", "-1", "..."]
+GOOD_IDS = ["nightly@2026", "a b", "a~b", "a+b", "\u00fc1", "x" * 200, "a%2Fb", "[a]*", "-1"]
 
 
 @pytest.mark.core
