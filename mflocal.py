@@ -7550,11 +7550,8 @@ class Site:
         except Exception as error:
             # A directory deleted meanwhile, a record that is not what it should be, one that may not be read:
             # all other rows are right, and the log names this one once.
-            if os.path.exists(node.path) and len(self._faults) < FAULTS_NAMED:
-                fault = f"no {kind} of {node.path}: {type(error).__name__}: {error}"
-                if fault not in self._faults:
-                    self._faults.add(fault)
-                    self._log(fault)
+            if os.path.exists(node.path):
+                self.log_once(f"no {kind} of {node.path}: {type(error).__name__}: {error}")
             return []
 
     async def details(self, task: TaskNode, made: List[Made]) -> List[Made]:
