@@ -11034,6 +11034,35 @@ def find_daemon(
         time.sleep(LOCK_POLL)
 
 
+def ask_daemon(
+    settings: Settings, method: str, path: str, body: Any = None
+) -> Optional[Tuple[State, int, Any]]:
+    """(daemon, status 200 or 409, JSON) of a control route; None if none runs. Raises DaemonError.
+
+    A daemon that begins to stop between its proof and its answer is waited for.
+    """
+    while True:
+        found = find_daemon(settings)
+        if not found:
+            return None
+        state, link = found
+        name, stopping = f"the daemon (pid {state.pid})", False
+        try:
+            status, answer = link.ask(method, path, body)
+        except ConnectionError:
+            stopping = True
+        except (OSError, ValueError) as error:
+            raise DaemonError(f"{name} does not answer: {error}") from None
+        finally:
+            link.close()
+        if not stopping and status in (200, 409):
+            return state, status, answer
+        if not stopping and status != 503:
+            raise DaemonError(f"{name} answered {status}: {answer}")
+        if not wait_gone(state, DRAIN_TIMEOUT + CONTROL_TIMEOUT):
+            raise DaemonError(f"{name} is still draining")
+
+
 def none_runs(settings: Settings) -> str:
     """The line for a user who wants a daemon where none of his runs."""
     return foreign_daemon(settings) or f"no daemon runs for {settings.root}"
@@ -11276,16 +11305,12 @@ def stop_daemon(settings: Settings, force: bool) -> Optional[Stopped]:
     lived = any(lock_is_held(directory) for directory in state_dirs(settings))
     state: Optional[State] = None
     try:
-        found = find_daemon(settings)
-        if not found:
+        told = ask_daemon(settings, "POST", "/_mflocal/stop", {"force": force})
+        if not told:
             return Stopped(None, []) if lived else None  # it was stopping already
-        state, link = found
-        status, body = link.ask("POST", "/_mflocal/stop", {"force": force})
-        link.close()
+        state, status, body = told
         if status == 409 and not force:
             return Stopped(state, body["active_runs"])
-        if status != 200:
-            raise DaemonError(f"the daemon (pid {state.pid}) answered {status}: {body}")
         if not wait_gone(state, DRAIN_TIMEOUT + CONTROL_TIMEOUT):
             raise DaemonError(f"the daemon (pid {state.pid}) is still draining")
         return Stopped(state, [])
@@ -12458,21 +12483,6 @@ def _none_runs(settings: Settings) -> int:
     return EXIT_NONE
 
 
-def _ask(state: State, link: Link, method: str, path: str, body: Any = None) -> Tuple[int, Any]:
-    """(status, JSON) of a control route. Raises DaemonError where it does not answer, or with an error."""
-    try:
-        status, answer = link.ask(method, path, body)
-    except (OSError, ValueError) as error:
-        raise DaemonError("the daemon (pid %d) does not answer: %s" % (state.pid, error)) from None
-    finally:
-        link.close()
-    if status not in (200, 409):
-        raise DaemonError(
-            "the daemon (pid %d) answered %s %s" % (state.pid, status, _detail(answer))
-        )
-    return status, answer
-
-
 def _run_lines(body: Mapping[str, Any]) -> List[str]:
     return [
         "%s/%s (%s)" % (run.get("flow_id"), run.get("run_number"), run.get("how"))
@@ -12529,13 +12539,13 @@ def _restart(args: _Words) -> int:
 def _status(args: _Words) -> int:
     """what runs, on which port, which runs are active"""
     settings = _settings(args)
-    found = find_daemon(settings)
-    if not found:
+    told = ask_daemon(settings, "GET", "/_mflocal/status")
+    if not told:
         if not args.json:
             return _none_runs(settings)
         print(json.dumps({"running": False, "root": settings.root}))
         return EXIT_NONE
-    body = _ask(*found, "GET", "/_mflocal/status")[1]
+    body = told[2]
     if args.json:
         print(json.dumps({"running": True, **body}, indent=2))
         return 0
