@@ -116,7 +116,7 @@ def test_a_bind_mount_is_the_same_directory(project: Path, tmp_path: Path) -> No
         assert mflocal("url", cwd=other, check=True).stdout == client.url + "\n"
         assert "reused" in mflocal("run", "true", cwd=other, check=True).stderr
     finally:
-        subprocess.run(["umount", other], check=True)
+        subprocess.run(["umount", "-l", other], check=True)
 
 
 # -- files that are restored, replaced or deleted under a living daemon
